@@ -134,8 +134,8 @@ def execute(path, root=ROOT, timeout=600):
 
     nb = read(path)
     client = Client(
-        nb, kernel_name="python3", timeout=timeout, record_timing=False, store_widget_state=False, coalesce_streams=True,
-        resources={"metadata": {"path": str(path.parent)}},
+        nb, kernel_name="python3", timeout=timeout, record_timing=False, store_widget_state=False,
+        coalesce_streams=True, resources={"metadata": {"path": str(path.parent)}},
         extra_arguments=["--IPKernelApp.log_level=ERROR", "--HistoryManager.enabled=False"],
     )
     with tempfile.TemporaryDirectory() as ipython_dir:  # no profile, start-up file or history of the user's
@@ -332,7 +332,7 @@ def check_export(root):
         elif name not in made:
             yield f"{path}: stale, no notebook exports it: run `git rm -f {path}` (or `rm`), or restore its notebook"
         elif made[name] != here[name] and name != "__init__.py":
-            yield f"{path}: differs from what its notebook exports: run `nbdev_export` (edit the notebook, not the module)"
+            yield f"{path}: modified, its notebook exports otherwise: edit the notebook, then run `nbdev_export`"
         if name in here and tracked is not None and path not in tracked:
             yield f"{path}: not in git: run `git add {path}`"
 
