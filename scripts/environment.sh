@@ -31,7 +31,7 @@ fi
 log="$venv/pip.log"
 rm -f "$log"
 echo "Installing hific_nb[$extra] and what it needs into $venv; the first time this downloads PyTorch"
-[ -t 1 ] || quiet=--quiet
+[ -t 1 ] || quiet="--quiet --progress-bar off"
 if ! "$venv/bin/python" -m pip install ${quiet:-} --disable-pip-version-check --retries 2 --log "$log" \
         -c constraints.txt -e ".[$extra]"; then
     if grep -qE 'NewConnectionError|ConnectTimeout|ConnectionError|ProxyError|Connection refused|name resolution|SSLError' \

@@ -110,11 +110,11 @@ def cleaned(text, root):
 # ---------------------------------------------------------------------------------------------------- run
 
 
-def execute(path, root=ROOT, timeout=600):
-    """Execute the notebook at `path` in its own folder, in a fresh kernel; return the executed notebook.
+def execute(nb, folder, root=ROOT, timeout=600):
+    """Execute the notebook `nb` in place, in a fresh kernel that works in `folder`, and return it.
 
     Cells that begin with `#| eval: false` are left out and keep an empty output. An error is raised with the number,
-    source and traceback of its cell.
+    source and traceback of its cell; a cell tagged `raises-exception` may fail.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # jupyter's own, about folders and event loops
@@ -132,10 +132,9 @@ def execute(path, root=ROOT, timeout=600):
                     return cell
             return await super().async_execute_cell(cell, cell_index, *args, **kwargs)
 
-    nb = read(path)
     client = Client(
         nb, kernel_name="python3", timeout=timeout, record_timing=False, store_widget_state=False,
-        coalesce_streams=True, resources={"metadata": {"path": str(path.parent)}},
+        coalesce_streams=True, resources={"metadata": {"path": str(folder)}},
         extra_arguments=["--IPKernelApp.log_level=ERROR", "--HistoryManager.enabled=False"],
     )
     with tempfile.TemporaryDirectory() as ipython_dir:  # no profile, start-up file or history of the user's
@@ -144,9 +143,7 @@ def execute(path, root=ROOT, timeout=600):
         try:
             client.execute(env=env)
         except (CellExecutionError, CellTimeoutError, DeadKernelError) as e:
-            source = nb.cells[client.current].source
-            detail = ANSI.sub("", getattr(e, "traceback", "") or str(e))
-            raise RuntimeError(f"cell {client.current} failed:\n{indent(source)}\n\n{indent(detail)}") from None
+            raise RuntimeError(f"cell {client.current} failed:\n{indent(ANSI.sub('', str(e)))}") from None
     for _, cell in code_cells(nb):
         for output in cell.outputs:  # a widget without its live model shows an error: keep its still picture or text
             if "data" in output and len(output.data) > 1:
@@ -166,7 +163,7 @@ def run(paths, check=False, timeout=600, root=ROOT):
     for path in paths:
         start = time.perf_counter()
         try:
-            nb = execute(path.resolve(), root, timeout)
+            nb = execute(read(path), path.resolve().parent, root, timeout)
         except (RuntimeError, OSError, ValueError) as e:
             failed += 1
             print(f"{path}: {e}\n{path}: failed, the file is as it was", flush=True)
@@ -337,6 +334,51 @@ def check_export(root):
             yield f"{path}: not in git: run `git add {path}`"
 
 
+DETAILS = re.compile(r"<details>\s*<summary>Solution</summary>\n\s*\n```python\n(.*?)\n```\n\s*\n</details>\s*", re.DOTALL)
+
+
+def exercises(nb):
+    """The exercises of a room, [(title, stub, check, solution)], and what is wrong with their form, [line].
+
+    Four cells each: markdown `### Exercise N: title`; a code cell tagged `exercise` and one tagged `check`, both not to
+    be run; markdown with the solution folded away, which takes the place of the stub.
+    """
+    found, faults = [], []
+    for i, cell in enumerate(nb.cells):
+        tags = cell.metadata.get("tags", [])
+        if "check" in tags and (i == 0 or "exercise" not in nb.cells[i - 1].metadata.get("tags", [])):
+            faults.append(f"cell {i} is tagged `check` but follows no cell tagged `exercise`")
+        if "exercise" not in tags:
+            continue
+        number = len(found) + 1
+        around = [nb.cells[j] if 0 <= j < len(nb.cells) else None for j in (i - 1, i, i + 1, i + 2)]
+        task, stub, check, solution = around
+        heading = re.match(rf"### Exercise {number}: (.+)", task.source) if task and task.cell_type == "markdown" else None
+        folded = DETAILS.fullmatch(solution.source.strip()) if solution and solution.cell_type == "markdown" else None
+        if not heading:
+            faults.append(f"exercise {number}: the cell before cell {i} must begin with `### Exercise {number}: title`")
+        if not check or "check" not in check.metadata.get("tags", []):
+            faults.append(f"exercise {number}: cell {i + 1} must be its code cell, tagged `check`")
+        elif not (is_skipped(stub) and is_skipped(check)):
+            faults.append(f"exercise {number}: stub and check (cells {i}, {i + 1}) must begin with `#| eval: false`")
+        if not folded:
+            faults.append(f"exercise {number}: cell {i + 2} must be `<details><summary>Solution</summary>`, a blank line, "
+                          "one ```python block, a blank line, `</details>`")
+        found.append((heading[1] if heading else "", stub.source, check.source if check else "",
+                      folded[1] if folded else ""))
+    return found, faults
+
+
+def check_exercises(root):
+    """Every room ends with exercises in the form that tests/test_rooms.py can try."""
+    for path in rooms(root):
+        found, faults = exercises(read(root / path))
+        for fault in faults:
+            yield f"{path}: {fault}: see CONTRIBUTING.md"
+        if not found:
+            yield f"{path}: no exercises: add two or three, see CONTRIBUTING.md"
+
+
 def imported_rooms(source, package):
     """(line, module) of every import of the package's own modules in `source`, wherever in the code it stands.
 
@@ -491,6 +533,7 @@ CHECKS = {
     "one module a room, one parameters cell a job": check_structure,
     "export in sync": check_export,
     "module order": check_order,
+    "exercises": check_exercises,
     "outputs saved": check_outputs,
     "links": check_links,
     "README.md": check_readme,
