@@ -334,14 +334,14 @@ def check_export(root):
             yield f"{path}: not in git: run `git add {path}`"
 
 
-DETAILS = re.compile(r"<details>\s*<summary>Solution</summary>\n\s*\n```python\n(.*?)\n```\n\s*\n</details>\s*", re.DOTALL)
+DETAILS = re.compile(r"<details><summary>Solution</summary>\n\n```python\n(.*?)\n```\n\n</details>", re.DOTALL)
 
 
 def exercises(nb):
     """The exercises of a room, [(title, stub, check, solution)], and what is wrong with their form, [line].
 
-    Four cells each: markdown `### Exercise N: title`; a code cell tagged `exercise` and one tagged `check`, both not to
-    be run; markdown with the solution folded away, which takes the place of the stub.
+    Four cells each: markdown with a line `### Exercise N: title`; a code cell tagged `exercise` and one tagged `check`,
+    both not to be run; markdown that begins with the solution, folded away, which takes the place of the stub.
     """
     found, faults = [], []
     for i, cell in enumerate(nb.cells):
@@ -353,17 +353,18 @@ def exercises(nb):
         number = len(found) + 1
         around = [nb.cells[j] if 0 <= j < len(nb.cells) else None for j in (i - 1, i, i + 1, i + 2)]
         task, stub, check, solution = around
-        heading = re.match(rf"### Exercise {number}: (.+)", task.source) if task and task.cell_type == "markdown" else None
-        folded = DETAILS.fullmatch(solution.source.strip()) if solution and solution.cell_type == "markdown" else None
+        line = rf"^### Exercise {number}: (.+)"
+        heading = task and task.cell_type == "markdown" and re.search(line, task.source, re.MULTILINE)
+        folded = solution and solution.cell_type == "markdown" and DETAILS.match(solution.source.lstrip())
         if not heading:
-            faults.append(f"exercise {number}: the cell before cell {i} must begin with `### Exercise {number}: title`")
+            faults.append(f"exercise {number}: cell {i - 1} must hold a line `### Exercise {number}: title`")
         if not check or "check" not in check.metadata.get("tags", []):
             faults.append(f"exercise {number}: cell {i + 1} must be its code cell, tagged `check`")
         elif not (is_skipped(stub) and is_skipped(check)):
             faults.append(f"exercise {number}: stub and check (cells {i}, {i + 1}) must begin with `#| eval: false`")
         if not folded:
-            faults.append(f"exercise {number}: cell {i + 2} must be `<details><summary>Solution</summary>`, a blank line, "
-                          "one ```python block, a blank line, `</details>`")
+            faults.append(f"exercise {number}: cell {i + 2} must begin with `<details><summary>Solution</summary>`, a "
+                          "blank line, one ```python block, a blank line, `</details>`")
         found.append((heading[1] if heading else "", stub.source, check.source if check else "",
                       folded[1] if folded else ""))
     return found, faults
