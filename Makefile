@@ -5,7 +5,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 NOTEBOOKS := $(BIN)/python scripts/notebooks.py
 INPUTS := setup.py settings.ini constraints.txt pyproject.toml scripts/environment.sh
-OTHERS := nbs/index.ipynb $(wildcard nbs/explore/*.ipynb)
+CHECKS := $(NOTEBOOKS) check || status=1; \
+	{ $(BIN)/ruff check --quiet --output-format concise . && echo "ruff: ok"; } || status=1;
+OTHERS := $(wildcard nbs/index.ipynb nbs/explore/*.ipynb)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -29,15 +31,14 @@ demo: $(VENV)/.ready-notebooks
 # each once, with its exercises (tests/test_rooms.py).
 test: $(VENV)/.ready-dev
 	@status=0; \
-	$(MAKE) --no-print-directory check || status=1; \
-	$(NOTEBOOKS) run --check $(wildcard $(OTHERS)) || status=1; \
+	$(CHECKS) \
+	$(if $(OTHERS),$(NOTEBOOKS) run --check $(OTHERS),false) || status=1; \
 	$(BIN)/python -m pytest || status=1; \
 	exit $$status
 
 check: $(VENV)/.ready-dev
 	@status=0; \
-	$(NOTEBOOKS) check || status=1; \
-	$(BIN)/ruff check --quiet --output-format concise . && echo "ruff: ok" || status=1; \
+	$(CHECKS) \
 	exit $$status
 
 notebooks: $(VENV)/.ready-dev

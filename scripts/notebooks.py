@@ -334,7 +334,15 @@ def check_export(root):
             yield f"{path}: not in git: run `git add {path}`"
 
 
-DETAILS = re.compile(r"<details><summary>Solution</summary>\n\n```python\n(.*?)\n```\n\n</details>", re.DOTALL)
+DETAILS = re.compile(r"<details><summary>Solution</summary>\n\n(.*?)\n\n</details>", re.DOTALL)
+PYTHON_BLOCK = re.compile(r"^```python\n(.*?)\n```$", re.DOTALL | re.MULTILINE)
+
+
+def folded_solution(cell):
+    """The code of the solution folded away at the beginning of a cell; None where there is not exactly one block."""
+    details = DETAILS.match(cell.source.lstrip()) if cell and cell.cell_type == "markdown" else None
+    blocks = PYTHON_BLOCK.findall(details[1]) if details else []
+    return blocks[0] if len(blocks) == 1 else None
 
 
 def exercises(nb):
@@ -355,18 +363,18 @@ def exercises(nb):
         task, stub, check, solution = around
         line = rf"^### Exercise {number}: (.+)"
         heading = task and task.cell_type == "markdown" and re.search(line, task.source, re.MULTILINE)
-        folded = solution and solution.cell_type == "markdown" and DETAILS.match(solution.source.lstrip())
+        folded = folded_solution(solution)
         if not heading:
             faults.append(f"exercise {number}: cell {i - 1} must hold a line `### Exercise {number}: title`")
         if not check or "check" not in check.metadata.get("tags", []):
             faults.append(f"exercise {number}: cell {i + 1} must be its code cell, tagged `check`")
         elif not (is_skipped(stub) and is_skipped(check)):
             faults.append(f"exercise {number}: stub and check (cells {i}, {i + 1}) must begin with `#| eval: false`")
-        if not folded:
+        if folded is None:
             faults.append(f"exercise {number}: cell {i + 2} must begin with `<details><summary>Solution</summary>`, a "
-                          "blank line, one ```python block, a blank line, `</details>`")
+                          "blank line, and hold one ```python block before a blank line and `</details>`")
         found.append((heading[1] if heading else "", stub.source, check.source if check else "",
-                      folded[1] if folded else ""))
+                      folded or ""))
     return found, faults
 
 

@@ -355,6 +355,7 @@ def test_error_in_an_output(tree):
     (lambda nb: nb.cells.pop(-2), "tagged `check`"),
     (lambda nb: nb.cells[-2].update(source="assert False"), "eval: false"),
     (lambda nb: nb.cells[-1].update(source="Answer: a + b"), "<details>"),
+    (lambda nb: nb.cells[-1].update(source=nb.cells[-1].source.replace("python", "")), "<details>"),
     (lambda nb: nb.cells.pop(-3), "follows no cell tagged `exercise`"),
 ])
 def test_exercise_in_another_form(tree, break_it, said):
