@@ -4,7 +4,7 @@ VENV ?= .venv
 
 BIN := $(VENV)/bin
 NOTEBOOKS := $(BIN)/python scripts/notebooks.py
-INPUTS := setup.py settings.ini constraints.txt pyproject.toml scripts/environment.sh
+INPUTS := setup.py settings.ini constraints.txt scripts/environment.sh
 CHECKS := $(NOTEBOOKS) check || status=1; \
 	{ $(BIN)/ruff check --quiet --output-format concise . && echo "ruff: ok"; } || status=1;
 OTHERS := $(wildcard nbs/index.ipynb nbs/explore/*.ipynb)
@@ -52,12 +52,11 @@ readme: $(VENV)/.ready-dev
 
 $(VENV)/.ready-notebooks: $(INPUTS)
 	@sh scripts/environment.sh "$(VENV)" "$(PYTHON)" notebooks
-	@touch $@
 
 # The development environment holds the other one.
 $(VENV)/.ready-dev: $(INPUTS)
 	@sh scripts/environment.sh "$(VENV)" "$(PYTHON)" dev
-	@touch $@ $(VENV)/.ready-notebooks
+	@cp -p $@ $(VENV)/.ready-notebooks
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -3,6 +3,8 @@
 # On failure it says in one line what is missing and what to type, and exits 1.
 set -u
 venv=$1 python=$2 extra=$3
+stamp="$venv/.ready-$extra"
+inputs=$(cat setup.py settings.ini constraints.txt scripts/environment.sh | cksum)
 
 fail() {
     printf '\n%s\n' "$*" >&2
@@ -28,6 +30,12 @@ if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     rm -f "$venv.log"
 fi
 
+# Newer files, as after a change of branch, need not be other files: then nothing is to be done, and no network needed.
+if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$inputs" ]; then
+    touch "$stamp"
+    exit 0
+fi
+
 log="$venv/pip.log"
 rm -f "$log"
 echo "Installing hific_nb[$extra] and what it needs into $venv; the first time this downloads PyTorch"
@@ -43,3 +51,4 @@ if ! "$venv/bin/python" -m pip install ${quiet:-} --disable-pip-version-check --
     fi
     fail "pip could not install the packages: its last lines are above, the whole story is in $log"
 fi
+echo "$inputs" >"$stamp"
