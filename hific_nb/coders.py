@@ -6,7 +6,7 @@
 __all__ = ['Part', 'Decoder', 'Coder', 'RansCoder', 'UnknownCoderError', 'register_coder', 'get_coder', 'list_coders',
            'table_bits']
 
-# %% ../nbs/06_coders.ipynb #df93b919
+# %% ../nbs/06_coders.ipynb #0a69d5d3
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ from .config import HificError
 from .entropy_models import IndexedTables
 from .rans import RansDecoder, coding_tables, rans_encode
 
-# %% ../nbs/06_coders.ipynb #0f6d1dba
+# %% ../nbs/06_coders.ipynb #663df25c
 Part = tuple[np.ndarray, np.ndarray, IndexedTables]  # symbols (n,) int32, row indexes (n,), tables
 
 
@@ -55,7 +55,7 @@ class Coder(ABC):
     def decoder(self, data: bytes) -> Decoder:
         "A reader of a stream; a damaged one raises `CorruptStreamError`, here or later."
 
-# %% ../nbs/06_coders.ipynb #2bc1d1f6
+# %% ../nbs/06_coders.ipynb #2fa81cc6
 class RansCoder(Coder):
     "Interleaved rANS, compiled where numba is there; `compiled=False` is the plain reference with the same bytes."
 
@@ -73,7 +73,7 @@ class RansCoder(Coder):
 
 Decoder.register(RansDecoder)
 
-# %% ../nbs/06_coders.ipynb #ee2f58a2
+# %% ../nbs/06_coders.ipynb #298734e1
 class UnknownCoderError(HificError, LookupError):
     "A coder name or number that nothing is registered under."
 
@@ -115,7 +115,7 @@ def list_coders() -> list[str]:
 register_coder(RansCoder())
 register_coder(RansCoder("rans-numpy", compiled=False, same_bytes_as="rans"))
 
-# %% ../nbs/06_coders.ipynb #0ac17c2d
+# %% ../nbs/06_coders.ipynb #668821ab
 def table_bits(parts: Sequence[Part]) -> float:
     """The ideal length of `parts` under their integer tables, in bits: the sum of -log2 f / 2**precision.
 
@@ -128,7 +128,7 @@ def table_bits(parts: Sequence[Part]) -> float:
         begin, offset, last, _ = ready.rows[np.asarray(indexes)].astype(np.int64).T
         slot = np.asarray(symbols).astype(np.int64) - offset
         escaped = (slot < 0) | (slot >= last)
-        freq = ready.reciprocals[begin + np.where(escaped, last, slot), 1] & 0xFFFF
+        freq = ready.encoding[begin + np.where(escaped, last, slot), 1] & 0xFFFF
         bits += len(slot) * ready.precision - np.log2(freq).sum()
         rest = np.where(slot < 0, -2 * slot - 1, 2 * (slot - last))[escaped]
         bits += 4 * (len(rest) + sum((int(r).bit_length() + 3) // 4 for r in rest))
