@@ -142,7 +142,7 @@ _GREY_BITS = {"L;2": 85, "L;4": 17}  # Pillow widens the pixels of shallow grey 
 
 
 def _rawmode(image: Image.Image) -> str:
-    "How the file stores its pixels, where Pillow tells ('RGB;16B', 'L;2', ...); empty if not. Known before `load` only."
+    "How the file stores its pixels, if Pillow tells ('RGB;16B', 'L;2', ...), else ''. Known before `load` only."
     tiles = getattr(image, "tile", None)
     args = tiles[0][3] if tiles else ""
     if isinstance(args, (tuple, list)): args = args[0] if args else ""
@@ -191,8 +191,13 @@ def _to_srgb(image: Image.Image, icc: bytes | None, name: str) -> Image.Image:
             space = source.profile.xcolor_space.strip()
             if image.mode == "L" and space == "RGB": image = image.convert("RGB")
             if _PROFILE_SPACES.get(space) != image.mode: raise ValueError(f"made for {space}, not for {image.mode}")
+        flags = ImageCms.Flags.BLACKPOINTCOMPENSATION
+        if image.mode != "RGB": flags |= ImageCms.Flags.NOOPTIMIZE  # the quick tables are off by up to 20 there
         change = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), image.mode, "RGB",
-                                         ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION)
+                                         ImageCms.Intent.RELATIVE_COLORIMETRIC, flags)
+        if image.mode == "L":  # 256 greys are converted, not all pixels
+            greys = ImageCms.applyTransform(Image.fromarray(np.arange(256, dtype=np.uint8)[None]), change)
+            return Image.fromarray(np.asarray(greys)[0][np.asarray(image)])
         if image.mode == "RGB":
             moved = np.asarray(ImageCms.applyTransform(Image.fromarray(_COLOURS), change)).astype(int) - _COLOURS
             if abs(moved).max() <= 1: return image
@@ -206,10 +211,10 @@ def read_image(source, max_pixels: int | None = None) -> Image.Image:
     """A photo as 8-bit sRGB: upright, the first frame, mode "RGB", or "RGBA" where the source has transparency.
 
     `source`: a path, the bytes of a file, a binary file object (read from its beginning, left open), or a PIL image
-    (left as it was). The content decides the format, never the extension. EXIF orientation is applied; an ICC profile is
-    converted to sRGB (relative colorimetric, black point compensation), a broken one is ignored with a warning. 16-bit
-    grey (modes I;16 and I) is divided by 257; float grey is taken as 0..1 if it nowhere exceeds 1, else as 0..255.
-    16-bit RGB keeps the high bytes, as Pillow reads it. The result carries no metadata.
+    (left as it was). The content decides the format, never the extension. EXIF orientation is applied; an ICC profile
+    is converted to sRGB (relative colorimetric, black point compensation), a broken one is ignored with a warning.
+    16-bit grey (modes I;16 and I) is divided by 257; float grey is taken as 0..1 if it nowhere exceeds 1, else as
+    0..255. 16-bit RGB keeps the high bytes, as Pillow reads it. The result carries no metadata.
 
     `max_pixels`: an image with more is refused before its pixels are decoded. None is the point where Pillow itself
     refuses, twice `PIL.Image.MAX_IMAGE_PIXELS`. Everything that cannot be read raises `ImageError` with one sentence; a
@@ -291,8 +296,8 @@ _NO_PHOTOS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows thes
 
 def image_extensions() -> frozenset[str]:
     "The extensions, in lower case, that `find_images` looks for: those of every raster format Pillow can open."
-    known = Image.registered_extensions()
-    return frozenset(e for e, kind in known.items() if kind in Image.OPEN and kind not in _NO_PHOTOS) | {".avif", ".webp"}
+    known = Image.registered_extensions().items()
+    return frozenset(e for e, kind in known if kind in Image.OPEN and kind not in _NO_PHOTOS) | {".avif", ".webp"}
 
 # %% ../nbs/01_data.ipynb #1b4c0cb5
 def find_images(folder) -> list[Path]:
@@ -318,7 +323,7 @@ def find_images(folder) -> list[Path]:
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         found += [Path(place, f) for f in files if not f.startswith(".") and Path(f).suffix.lower() in known]
     if not found:
-        raise ImageError(f"{folder} holds no images: files are taken by extension (.jpg, .png, .webp, .avif, .tif, ...).")
+        raise ImageError(f"{folder} holds no images: name a folder with .jpg, .png, .webp, .avif, .tif or other files.")
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 # %% ../nbs/01_data.ipynb #a3de29b1
@@ -338,7 +343,8 @@ def holdout_split(paths, every: int = 10, manifest=None) -> tuple[list[Path], li
     if manifest is None: held = {p.resolve() for p in paths[every - 1::every]}
     else:
         try:
-            with open(manifest, newline="", encoding="utf-8-sig") as file: files = [row["file"] for row in csv.DictReader(file)]
+            with open(manifest, newline="", encoding="utf-8-sig") as lines:
+                files = [line["file"] for line in csv.DictReader(lines)]
         except KeyError: raise ImageError(f"{manifest} has no column named file: add one with the paths.") from None
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise ImageError(f"{manifest} cannot be read ({error}): name a CSV file with a column file.") from error
@@ -347,17 +353,18 @@ def holdout_split(paths, every: int = 10, manifest=None) -> tuple[list[Path], li
 
 # %% ../nbs/01_data.ipynb #43a7be78
 class PhotoCrops:
-    """Random training crops of photos. `batch(step)` depends on (seed, step) alone, so a resumed run sees the same data.
+    """Random training crops of photos. `batch(step)` depends on (seed, step) alone: a resumed run sees the same data.
 
     `paths`: image files, or one folder. Each crop picks a photo (all equally likely), a scale within `scale`, a place
-    and, with `flip`, one of two mirror images. It takes crop_size / scale pixels and resizes them to crop_size (Lanczos);
-    at scale 1 it is a cut, pixel for pixel. Where that is more than the photo has, all of its shorter side is taken.
+    and, with `flip`, one of two mirror images. It takes crop_size / scale pixels and resizes them to crop_size
+    (Lanczos); at scale 1 it is a cut, pixel for pixel. A photo with fewer pixels than that is used whole on its shorter
+    side, never enlarged.
 
-    Photos are decoded once and kept as uint8 until `memory_gb` is full; those beyond are decoded for each crop, which is
-    slower and gives the same pixels. A file that cannot be read is skipped with one warning that names it (`broken`
-    lists them); photos with a side shorter than the crop are left out (`too_small` lists them), with one warning that
-    counts them. Those beyond the memory are found out when first drawn. Transparency is ignored: the colours are used.
-    `progress(done, total)` is called as photos are read.
+    Photos are decoded once and kept as uint8 until `memory_gb` (10^9 bytes) is full; those beyond are decoded for each
+    crop, which is slower and gives the same pixels. A file that cannot be read is skipped with one warning that names
+    it (`broken` lists them); photos with a side shorter than the crop are left out (`too_small` lists them), with one
+    warning that counts them. Those beyond the memory are found out when first drawn. Transparency is ignored: the
+    colours are used. `progress(done, total)` is called as photos are read into memory.
     """
 
     def __init__(self, paths, crop_size: int = 256, batch_size: int = 8, seed: int = 0, memory_gb: float = 2.0,
@@ -408,12 +415,12 @@ class PhotoCrops:
 
     def _check_any(self) -> None:
         if len(self._out) == len(self.paths):
-            raise ImageError(f"None of the {len(self.paths)} photos can be used for training: {len(self.broken)} cannot "
-                             f"be read, {len(self.too_small)} are smaller than the crop of {self.crop_size} pixels.")
+            raise ImageError(f"None of the {len(self.paths)} photos can be used: {len(self.broken)} cannot be read and "
+                             f"{len(self.too_small)} are smaller than the crop of {self.crop_size} pixels.")
 
     def _crop(self, rng: np.random.Generator) -> np.ndarray:
         photo = None
-        while photo is None:  # a photo that is out is drawn and passed over, so it does not matter when it was found out
+        while photo is None:  # one that is out is drawn and passed over, so it does not matter when that was found
             index = int(rng.integers(len(self.paths)))
             photo = self._photos.get(index)
             if photo is None: photo = self._read(index)
@@ -452,5 +459,6 @@ class PhotoCrops:
 
     def __repr__(self) -> str:
         held = sum(p.nbytes for p in self._photos.values()) / 1e6
-        return (f"PhotoCrops({len(self)} photos, {len(self._photos)} of them in memory ({held:.0f} MB), {len(self.broken)} "
-                f"broken, {len(self.too_small)} too small, crops of {self.crop_size}, batches of {self.batch_size})")
+        return (f"PhotoCrops({len(self)} photos, {len(self._photos)} of them in memory ({held:.0f} MB), "
+                f"{len(self.broken)} broken, {len(self.too_small)} too small, "
+                f"crops of {self.crop_size}, batches of {self.batch_size})")

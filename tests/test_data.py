@@ -1,0 +1,813 @@
+"""Reading photos: real files of every kind that cameras, scanners, print shops and the web produce, and broken ones."""
+
+import csv
+import gc
+import io
+import os
+import struct
+import threading
+import time
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageCms, ImageFile, features
+
+from hific_nb.config import HificError
+from hific_nb.data import (
+    SAMPLE_PHOTOS,
+    ImageError,
+    PhotoCrops,
+    find_images,
+    holdout_split,
+    image_extensions,
+    image_to_tensor,
+    read_image,
+    sample_photo,
+    split_alpha,
+    tensor_to_image,
+)
+
+pytestmark = pytest.mark.filterwarnings("error")  # a warning is part of the behaviour: tests that expect one say so
+AVIF = pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF: pip install 'pillow>=11.3'")
+
+
+@pytest.fixture(scope="module")
+def photo():
+    return sample_photo("chelsea").resize((96, 64), Image.Resampling.LANCZOS)
+
+
+def saved(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def gap(a, b):
+    a, b = np.asarray(a).astype(int), np.asarray(b).astype(int)
+    assert a.shape == b.shape
+    return abs(a - b)
+
+
+def same(a, b):
+    return a.mode == b.mode and a.size == b.size and not gap(a, b).any()
+
+
+def png(depth, colour, rows, **chunks):
+    """A PNG of any bit depth and colour type, written by hand; `rows` are packed bytes."""
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    width = len(rows[0]) * 8 // (depth * channels)
+    out = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, len(rows), depth, colour, 0, 0, 0))
+    for kind, data in chunks.items():
+        out += chunk(kind.encode(), data)
+    return out + chunk(b"IDAT", zlib.compress(b"".join(b"\0" + r for r in rows))) + chunk(b"IEND", b"")
+
+
+# ------------------------------------------------------------------------------------------------ colour profiles
+
+P3 = ((0.51512, 0.24120, -0.00105), (0.29198, 0.69225, 0.04189), (0.15710, 0.06657, 0.78407))
+D50 = (0.9642, 1.0, 0.8249)
+
+
+def fixed(*values):
+    return struct.pack(f">{len(values)}i", *(round(v * 65536) for v in values))
+
+
+def xyz(values):
+    return b"XYZ " + bytes(4) + fixed(*values)
+
+
+def icc(space, tags, version=0x04300000, kind=b"mntr", pcs=b"XYZ "):
+    head, body, start = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
+    for name, data in tags.items():
+        data += bytes(-len(data) % 4)
+        head += struct.pack(">4sII", name, start + len(body), len(data))
+        body += data
+    header = struct.pack(">I4xI4s4s4s12x4s", start + len(body), version, kind, space, pcs, b"acsp")
+    return (header + bytes(28) + fixed(*D50)).ljust(128, b"\0") + head + body
+
+
+def display_p3():
+    curve = b"para" + bytes(4) + struct.pack(">HH", 3, 0) + fixed(2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
+    tags = {b"wtpt": xyz(D50)}
+    for name, column in zip((b"r", b"g", b"b"), P3):
+        tags |= {name + b"XYZ": xyz(column), name + b"TRC": curve}
+    return icc(b"RGB ", tags)
+
+
+def linear_grey():
+    return icc(b"GRAY", {b"wtpt": xyz(D50), b"kTRC": b"curv" + struct.pack(">IIH", 0, 1, 256)})  # gamma 1
+
+
+def odd_inks():
+    """A CMYK profile whose cyan ink prints red and whose magenta ink prints green: no plain formula gets it right."""
+    inks = {(0, 0, 0, 0): (255, 255, 255), (1, 0, 0, 0): (200, 30, 30), (0, 1, 0, 0): (30, 150, 60)}
+    lab = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
+    clut = b""
+    for corner in np.ndindex(2, 2, 2, 2):
+        colour = ImageCms.applyTransform(Image.new("RGB", (1, 1), inks.get(corner, (20, 20, 20))), lab)
+        clut += bytes(colour.getpixel((0, 0)))
+    ramp = bytes(range(256))
+    lut = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + fixed(1, 0, 0, 0, 1, 0, 0, 0, 1) + ramp * 4 + clut + ramp * 3
+    return icc(b"CMYK", {b"wtpt": xyz(D50), b"A2B0": lut, b"A2B1": lut}, 0x02400000, b"prtr", b"Lab ")
+
+
+def test_display_p3_becomes_srgb(photo):
+    p3 = display_p3()
+    got = read_image(saved(Image.new("RGB", (4, 4), (234, 51, 35)), icc_profile=p3))
+    assert gap(got, Image.new("RGB", (4, 4), (255, 0, 0))).max() <= 2  # sRGB red in P3 numbers
+    assert gap(read_image(saved(Image.new("RGB", (4, 4), (128, 128, 128)), icc_profile=p3)), got).max() > 100
+    grey = read_image(saved(Image.new("RGB", (4, 4), (77, 77, 77)), icc_profile=p3))
+    assert gap(grey, Image.new("RGB", (4, 4), (77, 77, 77))).max() <= 1  # equal numbers are grey in both spaces
+    assert gap(read_image(saved(photo, icc_profile=p3)), photo).mean() > 1
+
+
+@pytest.mark.parametrize("kind, options", [("PNG", {}), ("TIFF", {}), ("WEBP", {"lossless": True})])
+def test_profile_of_every_container(photo, kind, options):
+    as_png = read_image(saved(photo, icc_profile=display_p3()))
+    assert same(read_image(saved(photo, kind, icc_profile=display_p3(), **options)), as_png)
+
+
+def test_alpha_is_not_colour_managed(photo):
+    alpha = Image.linear_gradient("L").resize(photo.size)
+    rgba = photo.copy()
+    rgba.putalpha(alpha)
+    got = read_image(saved(rgba, icc_profile=display_p3()))
+    colour, kept = split_alpha(got)
+    assert got.mode == "RGBA" and same(kept, alpha)
+    assert same(colour, read_image(saved(photo, icc_profile=display_p3())))
+
+
+def test_srgb_by_any_name_leaves_pixels_alone(photo):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert same(read_image(saved(photo, icc_profile=profile)), photo)
+
+
+def test_grey_profiles():
+    grey = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    got = np.asarray(read_image(saved(grey, icc_profile=linear_grey())))
+    light = np.arange(256) / 255
+    srgb = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055) * 255
+    assert abs(got.reshape(256, 3) - srgb[:, None]).max() <= 1
+    p3 = read_image(saved(grey, icc_profile=display_p3()))  # an RGB profile on grey pixels: common, and no error
+    assert gap(p3, grey.convert("RGB")).max() <= 1
+    alpha = Image.new("L", grey.size, 9)
+    got = read_image(saved(Image.merge("LA", (grey, alpha)), icc_profile=linear_grey()))
+    assert gap(got.getchannel("G"), Image.fromarray(srgb.round().astype(np.uint8).reshape(16, 16))).max() <= 1
+    assert same(got.getchannel("A"), alpha)
+
+
+@pytest.mark.parametrize("kind, options", [("TIFF", {}), ("JPEG", {"quality": 100})])
+def test_cmyk_profile(kind, options):
+    inks = Image.new("CMYK", (48, 16))
+    inks.paste((255, 0, 0, 0), (16, 0, 32, 16))
+    inks.paste((0, 255, 0, 0), (32, 0, 48, 16))
+    got = read_image(saved(inks, kind, icc_profile=odd_inks(), **options))
+    for x, colour in ((8, (255, 255, 255)), (24, (200, 30, 30)), (40, (30, 150, 60))):
+        assert max(abs(a - b) for a, b in zip(got.getpixel((x, 8)), colour)) <= 6, (x, got.getpixel((x, 8)))
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "JPEG"])
+def test_cmyk_without_profile_is_not_inverted(photo, kind):
+    options = {"quality": 95} if kind == "JPEG" else {}
+    assert gap(read_image(saved(photo.convert("CMYK"), kind, **options)), photo).mean() < 4
+
+
+def test_lab_and_ycbcr(photo):
+    change = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
+    lab = ImageCms.applyTransform(photo, change)
+    for source in (lab, saved(lab, "TIFF")):
+        assert gap(read_image(source), photo).mean() < 1 and gap(read_image(source), photo).max() < 12
+    for source in (photo.convert("YCbCr"), saved(photo.convert("YCbCr"), "TIFF")):
+        assert gap(read_image(source), photo).max() <= 3
+    assert gap(read_image(photo.convert("HSV")), photo).max() <= 12
+
+
+def test_palette_with_profile(photo):
+    palette = photo.quantize(64)
+    want = read_image(saved(palette.convert("RGB"), icc_profile=display_p3()))
+    assert same(read_image(saved(palette, icc_profile=display_p3())), want)
+
+
+def test_bad_profiles_warn_and_are_ignored(tmp_path, photo):
+    path = tmp_path / "holiday.png"
+    for bad in (b"no profile at all", display_p3()[:150], odd_inks(), linear_grey()):
+        path.write_bytes(saved(photo, icc_profile=bad))
+        with pytest.warns(UserWarning, match="holiday.png.*colour profile is ignored"):
+            assert same(read_image(path), photo)
+
+
+# ------------------------------------------------------------------------------------------------ orientation
+
+TURNS = dict(zip(range(2, 9), (
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90)))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", pytest.param("AVIF", marks=AVIF)])
+@pytest.mark.parametrize("orientation", range(10))  # 0 and 9 do not exist, and occur
+def test_orientation(photo, kind, orientation):
+    exif = Image.Exif()
+    exif[274] = orientation
+    options = {"JPEG": {"quality": 95}, "WEBP": {"lossless": True}, "AVIF": {"quality": 95}}.get(kind, {})
+    got = read_image(saved(photo, kind, exif=exif, **options))
+    want = photo.transpose(TURNS[orientation]) if orientation in TURNS else photo
+    assert got.size == want.size and gap(got, want).mean() < (4 if kind in ("JPEG", "AVIF") else 0.001)
+    assert same(read_image(got), got)  # not turned once more
+
+
+def test_damaged_exif_does_not_stop_reading(photo):
+    data = saved(photo, "PNG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff" + b"\xff" * 20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert same(read_image(data), photo)
+
+
+# ------------------------------------------------------------------------------------------------ depth
+
+def test_sixteen_bits_are_scaled():
+    values = np.linspace(0, 65535, 64 * 32).astype(np.uint16).reshape(32, 64)
+    want = np.rint(values / 257).astype(np.uint8)
+    maps = b"P5 64 32 65535\n" + values.astype(">u2").tobytes()
+    big = bytearray(saved(Image.fromarray(values.astype(">u2")), "TIFF"))
+    sources = [saved(Image.fromarray(values)), saved(Image.fromarray(values), "TIFF"), bytes(big), maps,
+               Image.fromarray(values), Image.fromarray(values.astype(np.int32))]
+    for source in sources:
+        got = read_image(source)
+        assert got.mode == "RGB"
+        assert (np.asarray(got) == want[..., None]).all()
+
+
+def test_sixteen_bit_colour(photo):
+    high = np.asarray(photo).astype(np.uint16) * 257
+    rows = [row.astype(">u2").tobytes() for row in high]
+    assert same(read_image(png(16, 2, rows)), photo)
+    alpha = np.full((*high.shape[:2], 1), 0x4321, np.uint16)
+    got = read_image(png(16, 6, [row.astype(">u2").tobytes() for row in np.concatenate([high, alpha], -1)]))
+    assert got.mode == "RGBA" and same(split_alpha(got)[0], photo)
+    assert got.getpixel((0, 0))[3] == 0x43
+    grey = high[..., :1]
+    got = read_image(png(16, 4, [row.astype(">u2").tobytes() for row in np.concatenate([grey, alpha], -1)]))
+    assert got.mode == "RGBA" and got.getpixel((5, 5)) == (photo.getpixel((5, 5))[0],) * 3 + (0x43,)
+
+
+def test_float_grey():
+    unit = np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)
+    for values in (unit, unit * 255):
+        for source in (Image.fromarray(values), saved(Image.fromarray(values), "TIFF")):
+            assert (np.asarray(read_image(source))[..., 1].ravel() == np.arange(256)).all()
+    for bad in (unit * 300, unit - 0.5, np.where(unit > 0.5, np.nan, unit)):
+        with pytest.raises(ImageError, match="scale them to 0..1"):
+            read_image(Image.fromarray(bad.astype(np.float32)))
+    for bad in (np.full((4, 4), -1, np.int32), np.full((4, 4), 70000, np.int32)):
+        with pytest.raises(ImageError, match="scale them to 0..65535"):
+            read_image(Image.fromarray(bad))
+
+
+# ------------------------------------------------------------------------------------------------ transparency, modes
+
+def test_transparency_of_every_form(photo):
+    alpha = Image.linear_gradient("L").resize(photo.size)
+    rgba = photo.copy()
+    rgba.putalpha(alpha)
+    assert same(read_image(saved(rgba)), rgba)
+    assert same(read_image(saved(rgba, "WEBP", lossless=True, exact=True)), rgba)
+    grey = photo.convert("L")
+    both = Image.merge("LA", (grey, alpha))
+    want = Image.merge("RGBA", (grey, grey, grey, alpha))
+    assert same(read_image(saved(both)), want) and same(read_image(both), want)
+    flat = photo.quantize(16)
+    for source in (flat.convert("PA"), rgba.convert("RGBa")):
+        assert read_image(source).mode == "RGBA"
+    premultiplied = split_alpha(read_image(rgba.convert("RGBa")))
+    assert same(premultiplied[1], alpha) and gap(premultiplied[0], photo)[40:].max() < 4  # dark rows keep few bits
+    assert read_image(saved(photo)).mode == read_image(saved(grey)).mode == read_image(saved(flat)).mode == "RGB"
+
+
+def test_palette_transparency():
+    flat = Image.new("P", (4, 1))
+    flat.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 110, 120])
+    flat.putdata([0, 1, 2, 3])
+    got = read_image(saved(flat, "PNG", transparency=bytes([255, 128, 0])))
+    assert [got.getpixel((x, 0)) for x in range(4)] == [
+        (10, 20, 30, 255), (40, 50, 60, 128), (70, 80, 90, 0), (100, 110, 120, 255)]
+    for kind in ("GIF", "PNG"):
+        got = read_image(saved(flat, kind, transparency=2))
+        assert [got.getpixel((x, 0))[3] for x in range(4)] == [255, 255, 0, 255]
+        assert got.getpixel((2, 0))[:3] == (70, 80, 90)
+
+
+@pytest.mark.parametrize("depth, row, key, greys", [
+    (1, b"\x50", 1, [0, 255, 0, 255, 0, 0, 0, 0]),
+    (2, b"\x1b", 2, [0, 85, 170, 255]),
+    (4, b"\x0a\xf7", 10, [0, 170, 255, 119]),
+    (8, b"\x00\x0a\xff\x07", 10, [0, 10, 255, 7]),
+    (16, b"\x00\x00\x0a\x0a\x0a\x0b\xff\xff", 0x0A0A, [0, 10, 10, 255]),
+])
+def test_one_transparent_grey(depth, row, key, greys):
+    got = np.asarray(read_image(png(depth, 0, [row], tRNS=struct.pack(">H", key))))
+    assert got.shape == (1, len(greys), 4) and got[0, :, 0].tolist() == greys
+    scaled = {1: 255, 2: 85, 4: 17, 8: 1}.get(depth)
+    want = [255 if g != key * scaled else 0 for g in greys] if scaled else [255, 0, 255, 255]
+    assert got[0, :, 3].tolist() == want
+
+
+def test_one_transparent_colour():
+    row = bytes([1, 2, 3, 1, 2, 4, 9, 9, 9])
+    got = np.asarray(read_image(png(8, 2, [row], tRNS=struct.pack(">HHH", 1, 2, 4))))
+    assert got[0, :, 3].tolist() == [255, 0, 255] and got[0, 1, :3].tolist() == [1, 2, 4]
+    deep = np.array([0x0102, 0x0203, 0x0304, 0x0902, 0x0203, 0x0304], ">u2").tobytes()
+    got = np.asarray(read_image(png(16, 2, [deep], tRNS=struct.pack(">HHH", 0x0102, 0x0203, 0x0304))))
+    assert got[0, :, 3].tolist() == [0, 255]
+
+
+def test_one_bit(photo):
+    bits = photo.convert("1")
+    for source in (bits, saved(bits), saved(bits, "TIFF", compression="group4"), saved(bits, "BMP")):
+        got = read_image(source)
+        assert got.mode == "RGB" and (np.asarray(got)[..., 0] == np.asarray(bits) * 255).all()
+
+
+@pytest.mark.parametrize("kind, options", [
+    ("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {}), ("TIFF", {}),
+    pytest.param("AVIF", {"quality": 95}, marks=AVIF),
+])
+def test_first_frame_of_animations(photo, kind, options):
+    frames = [Image.new("RGB", (32, 32), colour) for colour in ((200, 30, 30), (30, 200, 30), (30, 30, 200))]
+    got = read_image(saved(frames[0], kind, save_all=True, append_images=frames[1:], **options))
+    assert got.size == (32, 32) and gap(split_alpha(got)[0], frames[0]).mean() < 4
+
+
+@pytest.mark.parametrize("kind", [
+    "JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "JPEG2000", pytest.param("AVIF", marks=AVIF)])
+def test_content_decides_not_the_extension(tmp_path, photo, kind):
+    path = tmp_path / "photo.txt"
+    path.write_bytes(saved(photo, kind))
+    assert gap(read_image(path), photo).mean() < 8
+
+
+def test_every_mode_of_pillow(photo):
+    """Whatever mode an image has, it is read as RGB or RGBA, or refused by name."""
+    for mode in "1 L P RGB RGBA CMYK YCbCr HSV LA PA RGBX RGBa La I F I;16".split():
+        first = {"LA": "L", "La": "LA", "I": "L", "F": "L", "I;16": "L", "RGBa": "RGBA", "PA": "P"}.get(mode, "RGB")
+        image = photo.convert(first).convert(mode)
+        assert image.mode == mode
+        got = read_image(image)
+        assert got.mode == ("RGBA" if mode in ("RGBA", "LA", "PA", "RGBa", "La") else "RGB"), mode
+        assert got.size == photo.size
+
+
+# ------------------------------------------------------------------------------------------------ sources
+
+def test_kinds_of_source(tmp_path, photo):
+    path = tmp_path / "a.png"
+    path.write_bytes(saved(photo))
+    data = path.read_bytes()
+    for source in (path, str(path), data, bytearray(data), memoryview(data), photo):
+        assert same(read_image(source), photo)
+    with open(path, "rb") as file:
+        assert same(read_image(file), photo) and not file.closed
+        assert same(read_image(file), photo)  # from its beginning each time
+    read, write = os.pipe()
+    with open(write, "wb") as sink: sink.write(path.read_bytes())
+    with open(read, "rb") as pipe: assert same(read_image(pipe), photo)  # cannot seek
+    with open(path, encoding="latin-1") as text, pytest.raises(ImageError, match="mode 'rb'"): read_image(text)
+    for nonsense in (None, 7, [1, 2], np.zeros((4, 4, 3), np.uint8)):
+        with pytest.raises(ImageError, match="path, bytes, a binary file or a PIL image"): read_image(nonsense)
+
+
+def test_a_given_image_is_left_as_it_was(photo):
+    exif = Image.Exif()
+    exif[274] = 6
+    given = Image.open(io.BytesIO(saved(photo, exif=exif, icc_profile=display_p3())))
+    got = read_image(given)
+    assert given.size == photo.size and given.getexif()[274] == 6 and given.info["icc_profile"]
+    assert got.size == photo.size[::-1] and not got.info and 274 not in got.getexif()
+    got.paste((0, 0, 0), (0, 0, *got.size))
+    assert same(given.convert("RGB"), photo)
+    plain = read_image(photo)
+    plain.putpixel((0, 0), (1, 2, 3))
+    assert photo.getpixel((0, 0)) != (1, 2, 3)
+
+
+# ------------------------------------------------------------------------------------------------ what must be refused
+
+def sentence(call, *args, **kwargs):
+    with pytest.raises(ImageError) as caught: call(*args, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message and message.endswith(".") and isinstance(caught.value, (HificError, ValueError))
+    return message
+
+
+def test_errors_name_the_file(tmp_path, photo):
+    (tmp_path / "text.jpg").write_text("this is a letter, not a photo\n" * 50)
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "half.png").write_bytes(saved(photo)[:2000])
+    (tmp_path / "header.jpg").write_bytes(saved(photo, "JPEG")[:10])
+    for name in ("text.jpg", "empty.png", "half.png", "header.jpg", "missing.webp", "."):
+        path = tmp_path / name
+        assert str(path) in sentence(read_image, path)
+    assert "does not exist" in sentence(read_image, tmp_path / "missing.webp")
+    assert "is a folder" in sentence(read_image, tmp_path)
+    assert "truncated" in sentence(read_image, tmp_path / "half.png")
+    assert "not an image" in sentence(read_image, tmp_path / "text.jpg")
+    sentence(read_image, "a\0b.png")
+    sentence(read_image, b"")
+    sentence(read_image, Image.new("RGB", (0, 5)))
+    if hasattr(os, "geteuid") and os.geteuid() != 0:
+        (tmp_path / "half.png").chmod(0)
+        assert "permissions" in sentence(read_image, tmp_path / "half.png")
+
+
+KINDS = {
+    "baseline JPEG": ("JPEG", "RGB", {"quality": 90}), "progressive JPEG": ("JPEG", "RGB", {"progressive": True}),
+    "CMYK JPEG": ("JPEG", "CMYK", {}), "PNG": ("PNG", "RGB", {}), "PNG with alpha": ("PNG", "RGBA", {}),
+    "palette PNG": ("PNG", "P", {}), "16-bit PNG": ("PNG", "I;16", {}), "WebP": ("WEBP", "RGB", {}),
+    "lossless WebP": ("WEBP", "RGBA", {"lossless": True}), "TIFF": ("TIFF", "RGB", {}),
+    "LZW TIFF": ("TIFF", "RGB", {"compression": "tiff_lzw"}), "JPEG TIFF": ("TIFF", "RGB", {"compression": "jpeg"}),
+    "BMP": ("BMP", "RGB", {}), "GIF": ("GIF", "P", {}), "JPEG 2000": ("JPEG2000", "RGB", {}), "PPM": ("PPM", "RGB", {}),
+    "TGA": ("TGA", "RGB", {"compression": "tga_rle"}), "AVIF": ("AVIF", "RGB", {}),
+    "AVIF with alpha": ("AVIF", "RGBA", {}),
+}
+
+
+def specimen(photo, label):
+    kind, mode, options = KINDS[label]
+    if kind == "AVIF" and not features.check("avif"): pytest.skip("this Pillow has no AVIF: pip install 'pillow>=11.3'")
+    image = photo.convert("L").convert(mode) if mode.startswith("I") else photo.convert(mode)
+    return saved(image, kind, **options)
+
+
+@pytest.mark.parametrize("label", KINDS)
+@pytest.mark.parametrize("careless", [False, True])
+def test_truncated_files_are_never_half_decoded(photo, label, careless, monkeypatch):
+    """At every length all the pixels, or an error; also where the process has told Pillow to accept truncated files."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", careless)
+    data = specimen(photo, label)
+    whole = read_image(data)
+    lengths = sorted({*range(0, len(data), max(1, len(data) // 60)), *range(len(data) - 30, len(data))})
+    refused = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's own about damaged metadata
+        for n in lengths:
+            try: got = read_image(data[:n])
+            except ImageError: refused += 1
+            else: assert same(got, whole), f"{n} of {len(data)} bytes gave other pixels"
+    assert refused >= 58 and ImageFile.LOAD_TRUNCATED_IMAGES is careless
+
+
+@pytest.mark.parametrize("label", KINDS)
+def test_damaged_files_raise_nothing_but_image_errors(photo, label):
+    rng = np.random.default_rng(list(label.encode()))
+    data = specimen(photo, label)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(120):
+            bad = bytearray(data)
+            for _ in range(rng.integers(1, 6)):  # most headers lie in the first 200 bytes
+                bad[rng.integers(min(len(bad), rng.choice([40, 200, len(bad)])))] = rng.integers(256)
+            try: assert read_image(bytes(bad), max_pixels=10**6).mode in ("RGB", "RGBA")
+            except ImageError: pass
+
+
+# ------------------------------------------------------------------------------------------------ too many pixels
+
+def test_a_promise_of_gigapixels_is_refused_before_decoding(monkeypatch):
+    forged = png(8, 2, [b"\0" * 3])
+    forged = forged[:16] + struct.pack(">II", 60000, 60000) + forged[24:29] + struct.pack(
+        ">I", zlib.crc32(forged[12:16] + struct.pack(">II", 60000, 60000) + forged[24:29])) + forged[33:]
+
+    def no_decoding(self): raise AssertionError("pixels were decoded")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", no_decoding)
+    for limit in (None, 1000, 10**8):
+        message = sentence(read_image, forged, limit)
+        assert "max_pixels" in message and (limit is None or str(limit) in message)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP", pytest.param("AVIF", marks=AVIF)])
+def test_max_pixels_is_exact(photo, kind):
+    data = saved(photo, kind)
+    assert read_image(data, max_pixels=96 * 64).size == (96, 64)
+    assert "max_pixels = 6143" in sentence(read_image, data, max_pixels=96 * 64 - 1)
+    assert "96 x 64" in sentence(read_image, photo, max_pixels=100)  # an image in memory too
+    assert "at least 1" in sentence(read_image, data, max_pixels=0)
+
+
+def test_max_pixels_and_pillows_own_limit(photo, monkeypatch):
+    data = saved(photo)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert "max_pixels = 2000" in sentence(read_image, data)  # Pillow's point of refusal is the default
+    assert same(read_image(data, max_pixels=6144), photo)  # ours alone counts where it is given, above Pillow's too
+    assert same(read_image(saved(photo, "GIF"), max_pixels=6144), read_image(saved(photo, "GIF"), max_pixels=10**9))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
+    assert same(read_image(data), photo)  # between once and twice: Pillow would warn, which is an error here
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert same(read_image(data), photo) and Image.MAX_IMAGE_PIXELS is None
+
+
+def test_threads_with_different_limits(photo):
+    data, before, wrong = saved(photo), Image.MAX_IMAGE_PIXELS, []
+
+    def work(limit):
+        for _ in range(40):
+            try: ok = read_image(data, limit).size == photo.size and limit >= 6144
+            except ImageError: ok = limit < 6144
+            if not ok: wrong.append(limit)
+
+    threads = [threading.Thread(target=work, args=(limit,)) for limit in (10, 6143, 6144, 10**9)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert not wrong and Image.MAX_IMAGE_PIXELS == before and type(Image.MAX_IMAGE_PIXELS) is type(before)
+
+
+# ------------------------------------------------------------------------------------------------ tensors, samples
+
+def test_tensors_and_back(photo):
+    x = image_to_tensor(photo)
+    assert x.shape == (3, 64, 96) and x.dtype == torch.uint8 and x.is_contiguous()
+    assert x[:, 10, 20].tolist() == list(photo.getpixel((20, 10)))
+    assert same(tensor_to_image(x), photo) and same(tensor_to_image(x.double() / 255), photo)
+    values = torch.tensor([-1.0, 0.499 / 255, 0.501 / 255, 0.5, 254.4 / 255, 2.0]).reshape(1, 1, 6).expand(3, 1, 6)
+    assert np.asarray(tensor_to_image(values))[0, :, 0].tolist() == [0, 0, 1, 128, 254, 255]
+    dim = torch.full((3, 8, 8), 0.4)
+    dim[:, 0, 0] = 0.3
+    assert np.asarray(tensor_to_image(dim)).max() == 102  # the contrast is not stretched
+    assert same(tensor_to_image(image_to_tensor(photo).bfloat16() / 255), tensor_to_image((x.bfloat16() / 255).float()))
+    rgba = photo.convert("RGBA")
+    for bad in (rgba, photo.convert("L"), photo.convert("CMYK")):
+        sentence(image_to_tensor, bad)
+    for bad in (torch.zeros(1, 3, 4, 4), torch.zeros(4, 4, 3), torch.zeros(3, 4, 4, dtype=torch.int32),
+                torch.full((3, 2, 2), float("nan"))):
+        sentence(tensor_to_image, bad)
+    sentence(split_alpha, photo.convert("L"))
+
+
+def test_sample_photos_need_no_network(monkeypatch):
+    import socket
+
+    def offline(*args, **kwargs): raise AssertionError("a sample photo asked for the network")
+
+    monkeypatch.setattr(socket, "socket", offline)
+    for name, text in SAMPLE_PHOTOS.items():
+        image = sample_photo(name)
+        assert image.mode == "RGB" and f"{image.width} x {image.height}" in text
+        assert "CC0" in text or "public domain" in text
+    assert "chelsea" in sentence(sample_photo, "lena")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install scikit-image" in sentence(sample_photo)
+
+
+# ------------------------------------------------------------------------------------------------ folders
+
+def test_find_images(tmp_path):
+    names = ["DSC_1.JPG", "b.jpeg", "c/d/e.PNG", "c/f.webp", "c/g.avif", "h.TIF", "i.bmp", "j.tiff", "k.Gif"]
+    skipped = [".hidden.jpg", ".trash/x.jpg", "c/.thumbs/y.png", "a.txt", "movie.mpg", "paper.pdf", "plain", "z.jpg.part"]
+    for name in names + skipped:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = [p.relative_to(tmp_path).as_posix() for p in find_images(tmp_path)]
+    assert found == sorted(names)
+    assert find_images(str(tmp_path / "a.txt")) == [tmp_path / "a.txt"]
+    (tmp_path / "c" / "loop").symlink_to(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "l.png").touch()
+    (tmp_path / "c" / "link").symlink_to(tmp_path / "elsewhere")
+    assert len(find_images(tmp_path)) == len(names) + 1  # by the folder or by its link: once
+    assert tmp_path / "c/link/l.png" in find_images(tmp_path / "c")
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "a.txt").touch()
+    assert "holds no images" in sentence(find_images, tmp_path / "none")
+    assert "does not exist" in sentence(find_images, tmp_path / "gone")
+    hidden_root = tmp_path / ".photos"
+    hidden_root.mkdir()
+    (hidden_root / "a.png").touch()
+    assert len(find_images(hidden_root)) == 1  # the folder you name may be hidden
+    assert {".jpg", ".avif", ".webp", ".jfif", ".jp2"} <= image_extensions()
+
+
+def test_holdout_split(tmp_path):
+    names = [f"p{i:03}.png" for i in range(105)]
+    train, held = holdout_split(reversed(names))
+    assert [p.name for p in held] == names[9::10] and len(train) == 95 and train == sorted(train)
+    assert [p.name for p in holdout_split(names, every=50)[1]] == ["p049.png", "p099.png"]
+    assert holdout_split(names[:9]) == ([Path(n) for n in names[:9]], []) and holdout_split([]) == ([], [])
+
+    order = list(np.random.default_rng(0).permutation(names))
+    for name in names: (tmp_path / name).touch()
+    table = tmp_path / "manifest.csv"
+    table.write_text("width,file\r\n" + "".join(f"3,{n}\r\n" for n in order), encoding="utf-8-sig")
+    train, held = holdout_split(find_images(tmp_path))
+    assert {p.name for p in held} == set(order[9::10]) and len(train) == 95
+    (tmp_path / "p0000_new.png").touch()  # a new photo moves none of the others
+    again = holdout_split(find_images(tmp_path))
+    assert again[1] == held and len(again[0]) == 96
+    (tmp_path / order[9]).unlink()  # nor does one that is gone
+    assert set(holdout_split(find_images(tmp_path))[1]) == set(held) - {tmp_path / order[9]}
+    elsewhere = tmp_path / "lists" / "m.csv"
+    elsewhere.parent.mkdir()
+    elsewhere.write_text("file\n" + "".join(f"../{n}\n" for n in order))
+    assert set(holdout_split(find_images(tmp_path), manifest=elsewhere)[1]) == set(held) - {tmp_path / order[9]}
+    elsewhere.write_text("path\na.png\n")
+    assert "no column named file" in sentence(holdout_split, names, manifest=elsewhere)
+    assert "cannot be read" in sentence(holdout_split, names, manifest=tmp_path / "gone.csv")
+    assert "at least 2" in sentence(holdout_split, names, every=1)
+
+
+def test_holdout_of_the_training_photos(shared):
+    folder = shared / "data" / "train"
+    paths = find_images(folder)
+    with open(folder / "manifest.csv", newline="") as file: lines = [row["file"] for row in csv.DictReader(file)]
+    assert [p.relative_to(folder).as_posix() for p in paths] == sorted(lines)
+    train, held = holdout_split(paths)
+    assert {p.relative_to(folder).as_posix() for p in held} == set(lines[9::10])
+    assert len(held) == len(lines) // 10 and sorted(train + held) == paths
+
+
+def test_kodak_is_read_as_it_is(shared):
+    paths = find_images(shared / "data" / "kodak")
+    assert len(paths) == 24
+    for path in paths:
+        with Image.open(path) as image: assert same(read_image(path), image.convert("RGB"))
+
+
+# ------------------------------------------------------------------------------------------------ crops
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three usable photos of different sizes, one too small, one cut off."""
+    for name, size in (("astronaut", (300, 260)), ("coffee", (200, 140)), ("rocket", (128, 128))):
+        sample_photo(name).resize(size).save(tmp_path / f"{name}.png")
+    sample_photo("chelsea").resize((500, 127)).save(tmp_path / "flat.png")
+    whole = saved(sample_photo("retina").resize((300, 300)), "JPEG")
+    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 3])
+    return tmp_path
+
+
+def quietly(*args, **kwargs):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return PhotoCrops(*args, **kwargs)
+
+
+def test_crops_skip_what_cannot_be_used_and_say_so_once(folder):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        crops = PhotoCrops(folder, 128, 4)
+        for step in range(20): crops.batch(step)
+    said = sorted(str(w.message) for w in caught)
+    assert len(said) == 2 and "1 of 5 photos" in said[0] and str(folder / "cut.jpg") in said[1]
+    assert len(crops) == 3 and crops.broken == [folder / "cut.jpg"] and crops.too_small == [folder / "flat.png"]
+    with warnings.catch_warnings(record=True) as caught:  # the same without memory, where they are met while drawing
+        warnings.simplefilter("always")
+        lazy = PhotoCrops(folder, 128, 4, memory_gb=0)
+        for step in range(20): lazy.batch(step)
+    assert len([w for w in caught if "cut.jpg" in str(w.message)]) == 1
+    assert len(lazy) == 3
+
+
+def test_crops_depend_on_seed_and_step_alone(folder):
+    crops = quietly(folder, 96, 4, seed=3)
+    steps = [7, 0, 1, 7, 123456]
+    first = [crops.batch(s) for s in steps]
+    assert torch.equal(first[0], first[3]) and not torch.equal(first[0], first[1])
+    assert first[0].shape == (4, 3, 96, 96) and first[0].dtype == torch.uint8 and first[0].is_contiguous()
+    for memory in (0, 0.00025, 1):  # nothing, one photo or everything in memory
+        other = quietly(folder, 96, 4, seed=3, memory_gb=memory, threads=1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the broken file, when it is met
+            assert all(torch.equal(other.batch(s), batch) for s, batch in zip(reversed(steps), reversed(first)))
+    assert not torch.equal(quietly(folder, 96, 4, seed=4).batch(7), first[0])
+    assert 0 < len(quietly(folder, 96, 4, memory_gb=0.00025)._photos) < 3
+
+
+def coordinates(width, height):
+    """A picture that says where each pixel was: red = column, green = row (of at most 255), blue = 7."""
+    y, x = np.mgrid[:height, :width]
+    return Image.fromarray(np.stack([x, y, np.full_like(x, 7)], -1).astype(np.uint8))
+
+
+def test_scale_one_cuts_pixel_for_pixel(tmp_path):
+    coordinates(90, 70).save(tmp_path / "c.png")
+    crops = PhotoCrops(tmp_path, 64, 16, scale=(1, 1), flip=False)
+    corners = set()
+    for step in range(40):
+        for crop in crops.batch(step):
+            left, top = int(crop[0, 0, 0]), int(crop[1, 0, 0])
+            assert torch.equal(crop, image_to_tensor(coordinates(90, 70).crop((left, top, left + 64, top + 64))))
+            corners.add((left, top))
+    assert {x for x, _ in corners} == set(range(27)) and {y for _, y in corners} == set(range(7))  # up to every edge
+    mirrored = sum(int(c[0, 0, 0]) > int(c[0, 0, -1]) for s in range(40) for c in PhotoCrops(
+        tmp_path, 64, 16, scale=(1, 1)).batch(s)) / 640
+    assert 0.42 < mirrored < 0.58
+
+
+def test_scales_fill_their_range_and_fit_the_photo(tmp_path):
+    coordinates(250, 200).save(tmp_path / "c.png")
+    crops = PhotoCrops(tmp_path, 64, 16, scale=(0.25, 1), flip=False)
+    spans = []
+    for step in range(30):
+        for crop in crops.batch(step).float():
+            across, down = (crop[0, 32, 60] - crop[0, 32, 3]) / 57, (crop[1, 60, 32] - crop[1, 3, 32]) / 57
+            assert abs(across - down) < 0.1 and (crop[2] - 7).abs().max() == 0
+            spans.append(float(across))
+    assert min(spans) < 1.05 and 3 < max(spans) <= 200 / 64 + 0.05  # pixels a pixel: 1 to 4, at most the shorter side
+    assert np.mean(np.array(spans) < 1.6) > 0.3
+
+
+def test_shrinking_is_filtered(tmp_path):
+    y, x = np.mgrid[:256, :256]
+    Image.fromarray(((x + y) % 2 * 255).astype(np.uint8)).save(tmp_path / "checks.png")
+    crop = PhotoCrops(tmp_path, 64, 4, scale=(0.5, 0.5)).batch(0)
+    assert (crop[:, :, 1:-1, 1:-1].float() - 127.5).abs().max() < 2  # fine chequers become grey
+
+
+def test_photos_are_equally_likely_whatever_their_size(tmp_path):
+    for i, side in enumerate((64, 128, 512, 1024)):
+        Image.new("RGB", (side, side), (i * 60, 0, 0)).save(tmp_path / f"{i}.png")
+    crops = PhotoCrops(tmp_path, 64, 50)
+    seen = torch.cat([crops.batch(s)[:, 0, 0, 0] for s in range(40)]).long() // 60
+    share = torch.bincount(seen, minlength=4) / len(seen)
+    assert (share - 0.25).abs().max() < 0.05
+
+
+def test_transparent_photos_give_their_colours(tmp_path):
+    image = coordinates(80, 80)
+    image.putalpha(0)
+    image.save(tmp_path / "a.png")
+    crop = PhotoCrops(tmp_path, 80, 1, scale=(1, 1), flip=False).batch(0)[0]
+    assert torch.equal(crop, image_to_tensor(coordinates(80, 80)))
+
+
+def test_no_photo_left_is_an_error(folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert "None of the 5 photos" in sentence(PhotoCrops, folder, 400)
+        assert "None of the 1 photos" in sentence(PhotoCrops, [folder / "cut.jpg"], 64)
+    sentence(PhotoCrops, [], 64)
+    for bad in ({"crop_size": 0}, {"batch_size": 0}, {"scale": (0, 1)}, {"scale": (0.9, 0.5)}, {"scale": (0.5, 1.5)}):
+        sentence(PhotoCrops, folder, **bad)
+
+
+def running():
+    return [t for t in threading.enumerate() if t.name.startswith("PhotoCrops")]
+
+
+def wait_until_gone():
+    for _ in range(200):
+        if not running(): return True
+        time.sleep(0.01)
+    return False
+
+
+def test_prefetch(folder):
+    crops = quietly(folder, 96, 4)
+    stream = crops.prefetch(start_step=11, n_ahead=3)
+    got = [next(stream) for _ in range(6)]
+    assert [step for step, _ in got] == list(range(11, 17))
+    assert all(torch.equal(batch, crops.batch(step)) for step, batch in got)
+    assert len(running()) == 1
+    stream.close()
+    assert not running()
+    with pytest.raises(StopIteration): next(stream)
+    stream = crops.prefetch(0)
+    next(stream)
+    del stream  # forgotten rather than closed
+    gc.collect()
+    assert wait_until_gone()
+
+
+def test_prefetch_works_ahead_and_passes_errors_on(folder, monkeypatch):
+    crops = quietly(folder, 96, 1)
+    made = []
+
+    def batch(step):
+        made.append((step, threading.current_thread().name))
+        if step == 4: raise ImageError("step four is bad.")
+        return torch.zeros(1)
+
+    monkeypatch.setattr(crops, "batch", batch)
+    stream = crops.prefetch(0, n_ahead=3)
+    next(stream)
+    for _ in range(200):
+        if len(made) == 4: break
+        time.sleep(0.01)
+    assert [s for s, _ in made] == [0, 1, 2, 3] and all(name.startswith("PhotoCrops") for _, name in made)  # 3 ahead
+    with pytest.raises(ImageError, match="step four"):
+        for _ in range(10): next(stream)
+    assert wait_until_gone()
+
+
+def test_real_photos(shared):
+    paths = find_images(shared / "data" / "train")[::60]
+    kept, lazy = PhotoCrops(paths, 192, 6, seed=5), PhotoCrops(paths, 192, 6, seed=5, memory_gb=0.005)
+    assert len(kept._photos) == len(paths) > len(lazy._photos) > 0 and not kept.broken
+    batch = kept.batch(1000)
+    assert torch.equal(batch, lazy.batch(1000))
+    assert batch.float().std() > 20 and len({crop.sum().item() for crop in batch}) == 6
