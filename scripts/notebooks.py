@@ -2,6 +2,7 @@
 """Run the notebooks, check them, and make README.md from nbs/index.ipynb.
 
     python scripts/notebooks.py run [--check] [NB ...]    # execute; save outputs (without --check) and clean
+    python scripts/notebooks.py clean [NB ...]            # nbdev_clean, and the kernel's name where it is missing
     python scripts/notebooks.py check                     # everything that can be said without executing a notebook
     python scripts/notebooks.py readme                    # nbs/index.ipynb -> README.md, its pictures in docs/
 """
@@ -30,6 +31,8 @@ DEFAULT_EXP = re.compile(r"^#\s*\|\s*default_exp\s+(\S+)\s*$", re.MULTILINE)
 EXPORT = re.compile(r"^#\s*\|\s*(export|exporti|exports)\b[ \t]*(\S*)", re.MULTILINE)
 # What a saved output must not show: it differs from machine to machine, so every run would change the file.
 MACHINE_PATH = re.compile(r"(?:/home/|/root/|/Users/|/tmp/|[\w.-]+/site-packages/)[^\s'\"<>)]*")
+# Without it Jupyter asks which kernel to start, and papermill finds no language.
+KERNEL = {"display_name": "python3", "language": "python", "name": "python3"}
 WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
 README_NOTE = f'<!-- Made from nbs/index.ipynb by "{SCRIPT} readme": edit the notebook, not this file. -->\n\n'
 
@@ -151,14 +154,24 @@ def execute(nb, folder, root=ROOT, timeout=600):
     return nb
 
 
+def save(nb, path, root=ROOT):
+    """Write a notebook, cleaned, if that changes the file."""
+    import nbformat
+
+    nb.metadata["kernelspec"] = dict(KERNEL)
+    text = cleaned(nbformat.writes(nb), root)
+    if text != path.read_text(encoding="utf-8"):
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+
+
 def indent(text):
     return "\n".join("    " + line for line in text.rstrip().splitlines())
 
 
 def run(paths, check=False, timeout=600, root=ROOT):
     """Execute notebooks one after another; save the outputs, cleaned, unless `check`. Return the number that failed."""
-    import nbformat
-
     failed = 0
     for path in paths:
         start = time.perf_counter()
@@ -170,11 +183,7 @@ def run(paths, check=False, timeout=600, root=ROOT):
             continue
         seconds = time.perf_counter() - start
         if not check:
-            text = cleaned(nbformat.writes(nb), root)
-            if text != path.read_text(encoding="utf-8"):
-                temporary = path.with_name(f".{path.name}.tmp")
-                temporary.write_text(text, encoding="utf-8")
-                os.replace(temporary, path)
+            save(nb, path, root)
         for i, cell in code_cells(nb):
             for found in machine_paths(cell):
                 print(f"{path}: cell {i} shows a path of this machine: {found}", flush=True)
@@ -267,7 +276,9 @@ def check_clean(root):
         except Exception as e:
             yield f"{path}: not a notebook ({e}): restore it with git"
             continue
-        if not same:
+        if read(root / path).metadata.get("kernelspec") != KERNEL:
+            yield f"{path}: names no kernel: run `{SCRIPT} clean {path}`"
+        elif not same:
             yield f"{path}: not clean: run `nbdev_clean --fname {path}`"
 
 
@@ -569,14 +580,21 @@ def main(argv=None):
     p.add_argument("notebooks", nargs="*", type=Path, help="default: every room and the index")
     p.add_argument("--check", action="store_true", help="execute only, write nothing")
     p.add_argument("--timeout", type=int, default=600, help="seconds a cell may take (default 600)")
+    p = commands.add_parser("clean", help="nbdev_clean, and the kernel's name where it is missing")
+    p.add_argument("notebooks", nargs="*", type=Path, help="default: all")
     commands.add_parser("check", help="clean, in sync, in order, with outputs; README.md up to date")
     commands.add_parser("readme", help="make README.md from nbs/index.ipynb")
     args = parser.parse_args(argv)
-    if args.command == "run":
-        paths = args.notebooks or [ROOT / p for p in notebooks(ROOT) if p.parent == Path("nbs")]
+    if args.command in ("run", "clean"):
+        every = args.command == "clean"
+        paths = args.notebooks or [ROOT / p for p in notebooks(ROOT) if every or p.parent == Path("nbs")]
         if missing := [str(p) for p in paths if not p.is_file()]:
             parser.error(f"no such notebook: {', '.join(missing)}")
-        return 1 if run(paths, args.check, args.timeout) else 0
+        if args.command == "run":
+            return 1 if run(paths, args.check, args.timeout) else 0
+        for path in paths:
+            save(read(path), path)
+        return 0
     if args.command == "readme":
         write_readme()
         return 0

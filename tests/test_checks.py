@@ -81,6 +81,7 @@ class Tree:
         return result, out.getvalue()
 
     def put(self, path, nb):
+        nb.metadata.setdefault("kernelspec", dict(notebooks.KERNEL))
         (self.root / path).write_text(notebooks.cleaned(writes(nb), self.root), encoding="utf-8")
 
     def edit(self, path, function):
@@ -154,6 +155,16 @@ def test_unclean_notebook(tree, dirt):
         nb["cells"][1]["metadata"]["collapsed"] = True
     path.write_text(json.dumps(nb, indent=4 if dirt == "format" else 1))
     only(tree.faults("notebooks clean"), "nbs/00_first.ipynb", "nbdev_clean --fname nbs/00_first.ipynb")
+
+
+def test_notebook_that_names_no_kernel(tree):
+    path = tree.root / "nbs/jobs/job.ipynb"
+    nb = json.loads(path.read_text())
+    kernel = nb["metadata"].pop("kernelspec")
+    path.write_text(notebooks.cleaned(json.dumps(nb), tree.root))
+    only(tree.faults("notebooks clean"), "nbs/jobs/job.ipynb: names no kernel", "notebooks.py clean nbs/jobs/job.ipynb")
+    notebooks.save(notebooks.read(path), path, tree.root)
+    assert tree.faults("notebooks clean") == [] and json.loads(path.read_text())["metadata"]["kernelspec"] == kernel
 
 
 def test_unreadable_notebook(tree):
