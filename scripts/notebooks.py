@@ -283,7 +283,7 @@ def check_clean(root):
 
 
 def check_structure(root):
-    """One notebook a module, named alike; nothing exported from jobs and explorers; one parameters cell a job."""
+    """One notebook a module, named alike; nothing exported from jobs and explorers; a job's one parameters cell."""
     exporters = defaultdict(list)
     for path in notebooks(root):
         cells = code_cells(read(root / path))
@@ -302,12 +302,29 @@ def check_structure(root):
             yield f"{path}: exports code, which only numbered rooms do: move the code to a room of nbs/"
         if path.parent == Path("nbs/jobs"):
             tagged = sum("parameters" in cell.metadata.get("tags", []) for _, cell in cells)
+            for name in (n for _, cell in cells if "parameters" in cell.metadata.get("tags", [])
+                         for n in not_literal(cell.source)):
+                yield f"{path}: parameter {name} is no `name = literal`, which papermill can set: write it so"
             if tagged != 1:
                 yield (f"{path}: {tagged} code cells tagged `parameters`, papermill needs exactly one: "
                        "set the tag in the notebook's cell metadata")
     for name, paths in exporters.items():
         if len(paths) > 1:
             yield f"{name}: exported by {' and '.join(paths)}: rename one `#| default_exp`"
+
+
+def not_literal(source):
+    """What in a parameters cell is more than a name with a literal default: names, or the line of another statement."""
+    for node in ast.parse(source).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        plain = isinstance(node, (ast.Assign, ast.AnnAssign)) and all(isinstance(t, ast.Name) for t in targets)
+        if plain:
+            try:
+                ast.literal_eval(node.value)
+                continue
+            except (ValueError, TypeError):
+                pass
+        yield targets[0].id if plain else f"in line {node.lineno}"
 
 
 def check_export(root):

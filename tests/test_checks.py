@@ -267,6 +267,21 @@ def test_parameters_tag_on_markdown_does_not_count(tree):
     only(tree.faults("one module a room, one parameters cell a job"), "0 code cells")
 
 
+@pytest.mark.parametrize("source, said", [
+    ("a: int = 1 << 20", "parameter a "), ("a = 1\nimport os", "in line 2"), ("a = dict(b=1)", "parameter a "),
+    ("a: int", "parameter a "), ("a, b = 1, 2", "in line 1"),
+])
+def test_parameter_that_papermill_could_not_set(tree, source, said):
+    tree.put("nbs/jobs/job.ipynb", new_notebook(cells=[code(source, tags=["parameters"])], metadata={}))
+    only(tree.faults("one module a room, one parameters cell a job"), "nbs/jobs/job.ipynb", said)
+
+
+def test_parameters_with_types_and_comments(tree):
+    source = "a: int = -1  # steps\nb = [1, 2.5, None]\n# c\nc: str = 'x'"
+    tree.put("nbs/jobs/job.ipynb", new_notebook(cells=[code(source, tags=["parameters"])], metadata={}))
+    assert tree.faults("one module a room, one parameters cell a job") == []
+
+
 def test_two_notebooks_of_one_module(tree):
     tree.put("nbs/02_third.ipynb", room("third", "x = 1", exp="first"))
     faults = tree.faults("one module a room, one parameters cell a job")
