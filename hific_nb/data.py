@@ -153,7 +153,8 @@ def _transparent_key(image: Image.Image, rawmode: str) -> Image.Image | None:
     "Alpha of grey and RGB files that name one transparent colour, as L; None without one."
     key = image.info.get("transparency")
     if image.mode == "P" or key is None or isinstance(key, bytes): return None
-    pixels = np.asarray(image.convert("L") if image.mode == "1" else image)
+    pixels = np.asarray(image)
+    if image.mode == "1": key = bool(key)
     if rawmode.startswith("RGB;16"): key = tuple(k >> 8 for k in key)  # Pillow keeps the high bytes of 16-bit RGB
     elif rawmode in _GREY_BITS: key = key * _GREY_BITS[rawmode]
     hit = (pixels == np.asarray(key)) if pixels.ndim == 2 else (pixels == np.asarray(key)).all(-1)
@@ -176,6 +177,7 @@ def _separate(image: Image.Image, name: str, rawmode: str = "") -> tuple[Image.I
     return image, alpha
 
 # %% ../nbs/01_data.ipynb #d6b80202
+_BLACK_POINT, _EXACT = 0x2000, 0x0100  # lcms2.h: cmsFLAGS_BLACKPOINTCOMPENSATION, cmsFLAGS_NOOPTIMIZE
 _PROFILE_SPACES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}
 _STEPS = np.arange(0, 256, 15, dtype=np.uint8)
 _COLOURS = np.stack(np.meshgrid(_STEPS, _STEPS, _STEPS, indexing="ij"), -1).reshape(1, -1, 3)  # (1, 18^3, 3)
@@ -191,8 +193,8 @@ def _to_srgb(image: Image.Image, icc: bytes | None, name: str) -> Image.Image:
             space = source.profile.xcolor_space.strip()
             if image.mode == "L" and space == "RGB": image = image.convert("RGB")
             if _PROFILE_SPACES.get(space) != image.mode: raise ValueError(f"made for {space}, not for {image.mode}")
-        flags = ImageCms.Flags.BLACKPOINTCOMPENSATION
-        if image.mode != "RGB": flags |= ImageCms.Flags.NOOPTIMIZE  # the quick tables are off by up to 20 there
+        flags = _BLACK_POINT
+        if image.mode != "RGB": flags |= _EXACT  # the quick tables are off by up to 20 there
         change = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), image.mode, "RGB",
                                          ImageCms.Intent.RELATIVE_COLORIMETRIC, flags)
         if image.mode == "L":  # 256 greys are converted, not all pixels
@@ -234,7 +236,7 @@ def read_image(source, max_pixels: int | None = None) -> Image.Image:
             if alpha is not None: pixels = Image.merge("RGBA", (*pixels.split(), alpha))
             clean = Image.new(pixels.mode, pixels.size)
             clean.paste(pixels)
-        except ImageError: raise
+        except (ImageError, Warning): raise  # a warning, where the caller turns warnings into errors
         except MemoryError: raise ImageError(f"{name} needs more memory than there is: make it smaller.") from None
         except Exception as error:
             raise ImageError(f"{name} cannot be converted to RGB ({error}): save it as PNG first.") from error
