@@ -27,6 +27,7 @@ from hific_nb.data import (
     image_to_tensor,
     read_image,
     sample_photo,
+    sample_photo_path,
     split_alpha,
     tensor_to_image,
 )
@@ -559,6 +560,7 @@ def test_sample_photos_need_no_network(monkeypatch):
     monkeypatch.setattr(socket, "socket", offline)
     for name, text in SAMPLE_PHOTOS.items():
         image = sample_photo(name)
+        assert same(read_image(sample_photo_path(name)), image)
         assert image.mode == "RGB" and f"{image.width} x {image.height}" in text
         assert "CC0" in text or "public domain" in text
     assert "chelsea" in sentence(sample_photo, "lena")
