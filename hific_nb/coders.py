@@ -6,7 +6,7 @@
 __all__ = ['Part', 'Decoder', 'Coder', 'RansCoder', 'UnknownCoderError', 'register_coder', 'get_coder', 'list_coders',
            'table_bits']
 
-# %% ../nbs/06_coders.ipynb #0a69d5d3
+# %% ../nbs/06_coders.ipynb #678410a3
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ from .config import HificError
 from .entropy_models import IndexedTables
 from .rans import RansDecoder, coding_tables, rans_encode
 
-# %% ../nbs/06_coders.ipynb #663df25c
+# %% ../nbs/06_coders.ipynb #5cd3e497
 Part = tuple[np.ndarray, np.ndarray, IndexedTables]  # symbols (n,) int32, row indexes (n,), tables
 
 
@@ -55,7 +55,10 @@ class Coder(ABC):
     def decoder(self, data: bytes) -> Decoder:
         "A reader of a stream; a damaged one raises `CorruptStreamError`, here or later."
 
-# %% ../nbs/06_coders.ipynb #2fa81cc6
+# %% ../nbs/06_coders.ipynb #92d2352b
+Decoder.register(RansDecoder)
+
+
 class RansCoder(Coder):
     "Interleaved rANS, compiled where numba is there; `compiled=False` is the plain reference with the same bytes."
 
@@ -70,10 +73,7 @@ class RansCoder(Coder):
     def decoder(self, data: bytes) -> RansDecoder:
         return RansDecoder(data, compiled=self.compiled)
 
-
-Decoder.register(RansDecoder)
-
-# %% ../nbs/06_coders.ipynb #298734e1
+# %% ../nbs/06_coders.ipynb #0bcb290f
 class UnknownCoderError(HificError, LookupError):
     "A coder name or number that nothing is registered under."
 
@@ -81,7 +81,7 @@ class UnknownCoderError(HificError, LookupError):
 _CODERS: dict[str, Coder] = {}
 
 
-def register_coder(coder: Coder) -> Coder:
+def register_coder(coder: Coder) -> None:
     """Make `coder` available to `get_coder` by its name and, if it is the first of its id, by its id.
 
     A name or an id that is taken raises `ValueError`, so that no file can come to mean something else; the exception
@@ -95,7 +95,6 @@ def register_coder(coder: Coder) -> Coder:
     if twin is not None and coder.same_bytes_as != twin.name:
         raise ValueError(f"Coder id {coder.id} belongs to {twin.name!r}: choose another, 128 to 255 are free.")
     _CODERS[coder.name] = coder
-    return coder
 
 
 def get_coder(name: str | int = "rans") -> Coder:
@@ -115,7 +114,7 @@ def list_coders() -> list[str]:
 register_coder(RansCoder())
 register_coder(RansCoder("rans-numpy", compiled=False, same_bytes_as="rans"))
 
-# %% ../nbs/06_coders.ipynb #668821ab
+# %% ../nbs/06_coders.ipynb #2f585163
 def table_bits(parts: Sequence[Part]) -> float:
     """The ideal length of `parts` under their integer tables, in bits: the sum of -log2 f / 2**precision.
 
@@ -125,7 +124,7 @@ def table_bits(parts: Sequence[Part]) -> float:
     bits = 0.0
     for symbols, indexes, tables in parts:
         ready = coding_tables(tables)
-        begin, offset, last, _ = ready.rows[np.asarray(indexes)].astype(np.int64).T
+        begin, offset, last = ready.rows[np.asarray(indexes, np.int64)].astype(np.int64).T
         slot = np.asarray(symbols).astype(np.int64) - offset
         escaped = (slot < 0) | (slot >= last)
         freq = ready.encoding[begin + np.where(escaped, last, slot), 1] & 0xFFFF

@@ -17,6 +17,8 @@ import tempfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import hific_nb
+
 # %% ../nbs/00_config.ipynb #73c40228
 class HificError(Exception):
     "Base class of every error that input, settings or files can cause; its message says what to do."
@@ -260,7 +262,7 @@ class TrainConfig(_Record):
 # %% ../nbs/00_config.ipynb #d25bfd91
 def find_job(name: str) -> Path:
     "The path of the job notebook `name` (such as 'compress'), in the installed package or in a clone."
-    here = Path(__file__).resolve().parent
+    here = Path(hific_nb.__file__).resolve().parent
     folders = [here/"notebooks"/"jobs", here.parent/"nbs"/"jobs"]
     for folder in folders:
         if (folder/f"{name}.ipynb").is_file(): return folder/f"{name}.ipynb"

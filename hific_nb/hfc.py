@@ -7,7 +7,7 @@ __all__ = ['MAX_NUMBER', 'MAGIC', 'VERSION', 'FINGERPRINT_BYTES', 'HfcError', 'N
            'VersionError', 'ModelMismatchError', 'TooLargeError', 'CorruptError', 'pack_varint', 'unpack_varint',
            'HfcFile', 'pack', 'Field', 'layout', 'unpack', 'check_model', 'read_hfc', 'write_hfc']
 
-# %% ../nbs/07_hfc.ipynb #3ffcc65d
+# %% ../nbs/07_hfc.ipynb #d7778521
 import os
 import zlib
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .config import HificError, write_atomic
 
-# %% ../nbs/07_hfc.ipynb #6f1675aa
+# %% ../nbs/07_hfc.ipynb #db9678a0
 class HfcError(HificError, ValueError):
     "Something is wrong with a `.hfc` file; the subclass says what, the message what to do."
 
@@ -50,7 +50,7 @@ class CorruptError(HfcError):
 
 _AGAIN = "Get the file again from where it came from."
 
-# %% ../nbs/07_hfc.ipynb #bbe26035
+# %% ../nbs/07_hfc.ipynb #982730ff
 MAX_NUMBER = (1 << 31) - 1  # of pixels along a side, and of bytes in a stream
 
 
@@ -63,7 +63,7 @@ def pack_varint(value: int) -> bytes:
     out.append(value)
     return bytes(out)
 
-# %% ../nbs/07_hfc.ipynb #c04e4889
+# %% ../nbs/07_hfc.ipynb #7fd7df14
 def unpack_varint(data: bytes, position: int, limit: int = MAX_NUMBER) -> tuple[int, int]:
     """The number at `position` and the position after it.
 
@@ -80,7 +80,7 @@ def unpack_varint(data: bytes, position: int, limit: int = MAX_NUMBER) -> tuple[
         if byte < 128: return value, position
         shift += 7
 
-# %% ../nbs/07_hfc.ipynb #2b5315c4
+# %% ../nbs/07_hfc.ipynb #83094db5
 MAGIC = b"\x89HF"
 VERSION = 0
 FINGERPRINT_BYTES = 8
@@ -106,7 +106,7 @@ class HfcFile:
     @property
     def pixels(self) -> int: return self.width * self.height
 
-# %% ../nbs/07_hfc.ipynb #e9123e69
+# %% ../nbs/07_hfc.ipynb #b96820e7
 def pack(file: HfcFile) -> bytes:
     "The bytes of a `.hfc` file of version 0; a field out of its range raises `HfcError`."
     if not (1 <= file.width <= MAX_NUMBER and 1 <= file.height <= MAX_NUMBER):
@@ -123,7 +123,7 @@ def pack(file: HfcFile) -> bytes:
                      pack_varint(file.height), lengths, file.payload, file.alpha or b""])
     return body + zlib.crc32(body).to_bytes(4, "little")
 
-# %% ../nbs/07_hfc.ipynb #7c73c7db
+# %% ../nbs/07_hfc.ipynb #20004c72
 @dataclass(frozen=True)
 class Field:
     "One field of a file: bytes `start` to `end`, exclusive, and what they say."
@@ -164,7 +164,7 @@ def layout(data: bytes) -> list[Field]:
         fields.append(Field(name, start, start + size, bytes(data[start:start + size])))
     return fields
 
-# %% ../nbs/07_hfc.ipynb #f8e24fed
+# %% ../nbs/07_hfc.ipynb #f5607307
 def _check_start(data: bytes) -> None:
     if not data: raise TruncatedError(f"The file is empty. {_AGAIN}")
     if not (data.startswith(MAGIC) or MAGIC.startswith(data)):
@@ -210,7 +210,7 @@ def unpack(data: bytes, max_pixels: int | None = None) -> HfcFile:
     alpha = {0: None, _FLAG_OPAQUE: b"", _FLAG_ALPHA: value["alpha"]}[value["flags"]]
     return HfcFile(value["width"], value["height"], value["fingerprint"], value["coder"], value["payload"], alpha)
 
-# %% ../nbs/07_hfc.ipynb #eb0c2331
+# %% ../nbs/07_hfc.ipynb #edaea0fd
 def check_model(file: HfcFile, fingerprint: bytes, model: str = "this model", needs: str | None = None) -> None:
     """Raises `ModelMismatchError` unless `file` was written with the model of this fingerprint.
 
@@ -222,7 +222,7 @@ def check_model(file: HfcFile, fingerprint: bytes, model: str = "this model", ne
     raise ModelMismatchError(f"The file was written with {wanted}, not with {model} ({fingerprint.hex()}): "
                              f"decode it with {load}.")
 
-# %% ../nbs/07_hfc.ipynb #a3db16d7
+# %% ../nbs/07_hfc.ipynb #3de4b103
 _PROBE = 64  # bytes; no header is longer
 _WHOLE = 1 << 24  # files up to this size are read without looking at what they promise
 
@@ -248,7 +248,7 @@ def read_hfc(source: str | os.PathLike | bytes, max_pixels: int | None = None) -
     except OSError as error:
         raise HfcError(f"Cannot read {os.fspath(source)}: {error.strerror or error}.") from error
 
-# %% ../nbs/07_hfc.ipynb #14cd2abc
+# %% ../nbs/07_hfc.ipynb #11966eda
 def write_hfc(path: str | os.PathLike, data: bytes | HfcFile) -> Path:
     "Write a file's bytes (or pack and write an `HfcFile`) under a temporary name, then rename: never half a file."
     return write_atomic(path, pack(data) if isinstance(data, HfcFile) else data)

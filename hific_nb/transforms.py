@@ -13,12 +13,12 @@ from torch.nn import functional as F
 
 from .config import ConfigError, ModelConfig
 
-# %% ../nbs/02_transforms.ipynb #65c341b3
+# %% ../nbs/02_transforms.ipynb #ea06d950
 DOWNSAMPLING = 16  # pixels per latent, along each side
 
-
+# %% ../nbs/02_transforms.ipynb #fa863f65
 class Reflect(nn.Module):
-    """Reflection padding (left, right, top, bottom) that also takes pictures smaller than the padding.
+    """Reflection padding that also takes pictures smaller than the padding; (B, C, H, W) -> (B, C, H+top+bottom, W+left+right).
 
     A reflection needs more pixels than it adds; where a side has too few, its last pixel is repeated instead.
     """
@@ -28,22 +28,24 @@ class Reflect(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         (l, r), (t, b) = self.sides
-        mode = lambda size, pads: "reflect" if size > max(pads) else "replicate"  # noqa: E731
-        across, down = mode(x.shape[-1], (l, r)), mode(x.shape[-2], (t, b))
+        across = "reflect" if x.shape[-1] > max(l, r) else "replicate"
+        down = "reflect" if x.shape[-2] > max(t, b) else "replicate"
         if across == down: return F.pad(x, (l, r, t, b), mode=across)
         return F.pad(F.pad(x, (l, r, 0, 0), mode=across), (0, 0, t, b), mode=down)
 
-    def extra_repr(self) -> str: return f"{self.sides}"
+    def extra_repr(self) -> str: return "left={}, right={}, top={}, bottom={}".format(*self.sides[0], *self.sides[1])
 
-# %% ../nbs/02_transforms.ipynb #522ceba5
+# %% ../nbs/02_transforms.ipynb #4ed5c0f1
 class ChannelNorm(nn.Module):
     """Normalization of each pixel over its channels, then a gain and an offset per channel; (B, C, H, W) -> the same.
 
-    y = gamma * (x - mean) / sqrt(var + eps) + beta, mean and *unbiased* variance over C at one pixel
-    (Mentzer et al. 2020, appendix A.1). Computed as a layer norm over the last axis, see `forward`.
+    y = gamma * (x - mean) / sqrt(var + eps) + beta, with mean and *unbiased* variance over the C >= 2 channels of one pixel
+    (ChannelNorm of Mentzer et al. 2020). Computed as a layer norm over the last axis: fastest for tensors in
+    `torch.channels_last`, which it returns.
     """
     def __init__(self, channels: int, eps: float = 1e-3):
         super().__init__()
+        if channels < 2: raise ConfigError("ChannelNorm needs two channels at least: one has no variance.")
         self.eps = eps
         self.gamma = nn.Parameter(torch.ones(1, channels, 1, 1))
         self.beta = nn.Parameter(torch.zeros(1, channels, 1, 1))
@@ -55,7 +57,23 @@ class ChannelNorm(nn.Module):
         y = F.layer_norm(x.permute(0, 2, 3, 1), (C,), gain, self.beta.flatten(), self.eps * shrink)  # (B, H, W, C)
         return y.permute(0, 3, 1, 2)
 
-# %% ../nbs/02_transforms.ipynb #42116e1a
+# %% ../nbs/02_transforms.ipynb #c07007bb
+class _InstanceNorm(nn.InstanceNorm2d):
+    "Normalization of each channel over the whole image, with gain `weight` and offset `bias`; takes 1x1 maps, too."
+    def __init__(self, channels: int):
+        super().__init__(channels, affine=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[2] * x.shape[3] > 1: return super().forward(x)
+        return self.bias[:, None, None].expand_as(x)
+
+# %% ../nbs/02_transforms.ipynb #f73eebe6
+def _hific_widths(config: ModelConfig) -> tuple[int, ...]:
+    if len(config.channels) != 5:
+        raise ConfigError("The drawing 'hific' needs five channels (at 1, 1/2, 1/4, 1/8, 1/16).")
+    return config.channels
+
+
 class HificEncoder(nn.Module):
     """E of Mentzer et al. 2020 (figure 2): images (B, 3, H, W) -> latents (B, C, H/16, W/16); sides multiples of 16.
 
@@ -63,9 +81,8 @@ class HificEncoder(nn.Module):
     """
     def __init__(self, config: ModelConfig):
         super().__init__()
-        widths = config.channels
-        if len(widths) != 5: raise ConfigError("The drawing 'hific' needs five channels (at 1, 1/2, 1/4, 1/8, 1/16).")
-        norm = ChannelNorm if config.use_channel_norm else nn.InstanceNorm2d
+        widths = _hific_widths(config)
+        norm = ChannelNorm if config.use_channel_norm else _InstanceNorm
         self.conv_block1 = nn.Sequential(Reflect(3, 3, 3, 3), nn.Conv2d(3, widths[0], 7), norm(widths[0]), nn.ReLU())
         for i in range(1, 5):
             conv = nn.Conv2d(widths[i - 1], widths[i], 3, stride=2)
@@ -77,9 +94,10 @@ class HificEncoder(nn.Module):
         for i in range(1, 6): x = getattr(self, f"conv_block{i}")(x)  # (B, 960, H/16, W/16) after the last
         return self.conv_block_out(x)
 
-
+# %% ../nbs/02_transforms.ipynb #1caffee0
 class _ResidualBlock(nn.Module):
-    def __init__(self, channels: int, norm):
+    "x + norm(conv(ReLU(norm(conv(x))))), 3x3 convolutions; (B, channels, h, w) -> the same."
+    def __init__(self, channels: int, norm: type[nn.Module]):
         super().__init__()
         self.pad = Reflect(1, 1, 1, 1)
         self.conv1, self.norm1 = nn.Conv2d(channels, channels, 3), norm(channels)
@@ -94,13 +112,12 @@ class HificGenerator(nn.Module):
     """G of Mentzer et al. 2020 (figure 2): latents (B, C, h, w) -> images (B, 3, 16h, 16w), not clamped.
 
     With `noise_channels`, Gaussian noise is concatenated before the residual blocks; in evaluation it is drawn from a
-    fixed seed, so that one file has one reconstruction.
+    fixed seed, so that one file has one reconstruction. Parameter names are those of the published PyTorch checkpoints.
     """
     def __init__(self, config: ModelConfig):
         super().__init__()
-        widths = config.channels
-        if len(widths) != 5: raise ConfigError("The drawing 'hific' needs five channels (at 1, 1/2, 1/4, 1/8, 1/16).")
-        norm = ChannelNorm if config.use_channel_norm else nn.InstanceNorm2d
+        widths = _hific_widths(config)
+        norm = ChannelNorm if config.use_channel_norm else _InstanceNorm
         C, self.noise_channels, self.n_blocks = config.latent_channels, config.noise_channels, config.n_residual_blocks
         self.conv_block_init = nn.Sequential(norm(C), Reflect(1, 1, 1, 1), nn.Conv2d(C, widths[4], 3), norm(widths[4]))
         trunk = widths[4] + self.noise_channels
@@ -123,9 +140,9 @@ class HificGenerator(nn.Module):
         for i in range(1, 5): x = getattr(self, f"upconv_block{i}")(x)  # each doubles the sides
         return self.conv_block_out(x)
 
-# %% ../nbs/02_transforms.ipynb #afed2724
+# %% ../nbs/02_transforms.ipynb #e1aed915
 class _Bottleneck(nn.Module):
-    "x + 1x1(ReLU(3x3(ReLU(1x1(x))))), half the width inside: a third of the cost of two 3x3 convolutions, or less."
+    "x + 1x1(ReLU(3x3(ReLU(1x1(x))))), half the width inside: 3.25 c^2 multiply-adds a pixel; (B, c, h, w) -> the same."
     def __init__(self, channels: int):
         super().__init__()
         inner = channels // 2
@@ -136,19 +153,20 @@ class _Bottleneck(nn.Module):
         return x + self.expand(F.relu_(self.conv(F.relu_(self.reduce(x)))))
 
 
-def _light_widths(config: ModelConfig, blocks: tuple) -> None:
+def _check_light(config: ModelConfig, blocks: tuple) -> None:
     if len(config.channels) != 4 or len(blocks) != 4:
         raise ConfigError("The drawing 'light' needs four channels and four block counts (at 1/2, 1/4, 1/8, 1/16).")
+    if min(config.channels) < 2: raise ConfigError("The drawing 'light' needs two channels at least at every resolution.")
 
 
 class LightEncoder(nn.Module):
     """The light encoder: images (B, 3, H, W) in 0 ... 1 -> latents (B, C, H/16, W/16); sides multiples of 16.
 
-    Four strided 5x5 convolutions, bottleneck blocks after each, no normalization.
+    Four strided 5x5 convolutions, bottleneck blocks after each, a 3x3 convolution to C channels; no normalization.
     """
     def __init__(self, config: ModelConfig):
         super().__init__()
-        _light_widths(config, config.encoder_blocks)
+        _check_light(config, config.encoder_blocks)
         layers, last = [], 3
         for width, blocks in zip(config.channels, config.encoder_blocks):
             layers += [nn.Conv2d(last, width, 5, stride=2, padding=2), *(_Bottleneck(width) for _ in range(blocks))]
@@ -157,12 +175,15 @@ class LightEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: return self.layers(x - 0.5)
 
-
+# %% ../nbs/02_transforms.ipynb #a8d88d29
 class LightGenerator(nn.Module):
-    "The light generator, the encoder mirrored: latents (B, C, h, w) -> images (B, 3, 16h, 16w), not clamped."
+    """The light generator, the encoder mirrored: latents (B, C, h, w) -> images (B, 3, 16h, 16w), not clamped.
+
+    A 3x3 convolution, then bottleneck blocks and a transposed 5x5 convolution of stride 2 at each of four resolutions.
+    """
     def __init__(self, config: ModelConfig):
         super().__init__()
-        _light_widths(config, config.generator_blocks)
+        _check_light(config, config.generator_blocks)
         layers = [nn.Conv2d(config.latent_channels, config.channels[3], 3, padding=1)]
         for i in (3, 2, 1, 0):
             layers += [_Bottleneck(config.channels[i]) for _ in range(config.generator_blocks[i])]
@@ -172,15 +193,18 @@ class LightGenerator(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor: return self.layers(y) + 0.5
 
-# %% ../nbs/02_transforms.ipynb #93cbaf7a
+# %% ../nbs/02_transforms.ipynb #2e1c388b
 _TRANSFORMS = {"hific": (HificEncoder, HificGenerator), "light": (LightEncoder, LightGenerator)}
 
 
 def register_transform(name: str, encoder: type[nn.Module], generator: type[nn.Module]) -> None:
-    """Make `ModelConfig(transform=name)` build these two classes.
+    """Make `ModelConfig(transform=name)` build these two classes; a name of one's own may be given anew.
 
     `encoder(config)` maps (B, 3, H, W) to (B, C, H/16, W/16), `generator(config)` maps back; C = config.latent_channels.
+    Raises `ConfigError` for the names of the package, whose saved models would silently become something else.
     """
+    if name in ("hific", "light"):
+        raise ConfigError(f"The transform {name!r} is the package's own: register yours under another name.")
     _TRANSFORMS[name] = (encoder, generator)
 
 
