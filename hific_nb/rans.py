@@ -6,7 +6,7 @@
 __all__ = ['STATE_LOW', 'MAX_PRECISION', 'LONG_STREAM', 'CodingError', 'CorruptStreamError', 'lane_count', 'exact_reciprocals',
            'CodingTables', 'coding_tables', 'rans_encode', 'RansDecoder']
 
-# %% ../nbs/05_rans.ipynb #3dea95ac
+# %% ../nbs/05_rans.ipynb #a640b184
 import threading
 import warnings
 import weakref
@@ -21,7 +21,7 @@ import numpy as np
 from .config import HificError
 from .entropy_models import IndexedTables
 
-# %% ../nbs/05_rans.ipynb #a81cec99
+# %% ../nbs/05_rans.ipynb #1bcd2f15
 STATE_LOW = 1 << 16  # states live in [2^16, 2^32): below it a 16-bit word is read, above it one is written
 MAX_PRECISION = 15  # at 16 the state has no bit to spare and streams get longer again
 LONG_STREAM = 1 << 16  # symbols from which four lanes repay their twelve extra bytes in speed
@@ -39,7 +39,7 @@ def lane_count(n: int) -> int:
     "The number of interleaved states for a stream of `n` symbols: one where bytes matter, four where time does."
     return 4 if n >= LONG_STREAM else 1
 
-# %% ../nbs/05_rans.ipynb #2cf52a05
+# %% ../nbs/05_rans.ipynb #02bfcdfd
 def _digits(rest: int) -> list[int]:
     "The 4-bit symbols of an escape in encoding order: the digits from the lowest, then how many they are."
     digits = []
@@ -48,12 +48,12 @@ def _digits(rest: int) -> list[int]:
         rest >>= 4
     return [*digits, len(digits)]
 
-# %% ../nbs/05_rans.ipynb #e68b8dfa
+# %% ../nbs/05_rans.ipynb #9aafc34f
 def exact_reciprocals(freq: np.ndarray, precision: int) -> np.ndarray:
     "Integers m, uint64, with x // freq == (x * m) >> (32 + precision) for every x below freq << (32 - precision)."
     return (-(-(1 << 32 + precision) // freq.astype(np.int64))).astype(np.uint64)
 
-# %% ../nbs/05_rans.ipynb #4c1f1105
+# %% ../nbs/05_rans.ipynb #088b9978
 @dataclass(frozen=True, eq=False)
 class CodingTables:
     """`IndexedTables` made ready for coding: R rows of S slots in all, laid end to end without padding.
@@ -115,7 +115,7 @@ def _make_ready(tables: IndexedTables) -> CodingTables:
     rows = np.stack([begin, tables.offset, slots - 1], 1).astype(np.int32)
     return CodingTables(precision, bits, rows, encoding, decoding, buckets.astype(np.uint32))
 
-# %% ../nbs/05_rans.ipynb #7e5edaff
+# %% ../nbs/05_rans.ipynb #d3a660c4
 _INT32 = (-(1 << 31), (1 << 31) - 1)
 
 
@@ -141,7 +141,7 @@ def _symbols(symbols) -> np.ndarray:
 def _indexes(indexes, ready: CodingTables) -> np.ndarray:
     return _integers(indexes, "Indexes", 0, len(ready.rows) - 1, "the rows of the tables", np.uint32)
 
-# %% ../nbs/05_rans.ipynb #e90733a7
+# %% ../nbs/05_rans.ipynb #cc2b0638
 _EXHAUSTED, _FORGED = -1, -2  # what a decoding loop returns in place of a position
 _MAX_DIGITS = 9
 
@@ -172,7 +172,7 @@ def _encode_plain(symbols, indexes, lo, hi, ready, states, words):
 
 
 def _decode_plain(out, indexes, lo, hi, ready, states, words, position):
-    "Decode out[lo:hi] from `words` (a list); returns the position after it, or _EXHAUSTED or _FORGED."
+    "Decode out[lo:hi] from `words`, a sequence of ints; returns the position after it, or _EXHAUSTED or _FORGED."
     lanes, precision, mask, end = len(states), ready.precision, (1 << ready.precision) - 1, len(words)
     row_starts, offsets, lasts = ready.row_starts, ready.rows[:, 1].tolist(), ready.rows[:, 2].tolist()
     values = []
@@ -207,7 +207,7 @@ def _decode_plain(out, indexes, lo, hi, ready, states, words, position):
     out[lo:hi] = values
     return position
 
-# %% ../nbs/05_rans.ipynb #47f8bbed
+# %% ../nbs/05_rans.ipynb #ba1f929a
 def _encode_kernel(symbols, indexes, lo, hi, rows, encoding, precision, states, words):
     """Encode symbols[lo:hi], last first, filling `words` from its end; returns where they begin.
 
@@ -280,7 +280,7 @@ def _encode_kernel(symbols, indexes, lo, hi, rows, encoding, precision, states, 
         i -= 1
     return position
 
-# %% ../nbs/05_rans.ipynb #ad157623
+# %% ../nbs/05_rans.ipynb #a4378b13
 def _decode_kernel(out, indexes, rows, decoding, buckets, bucket_bits, precision, states, words, position):
     "Decode all of `out`; returns the position in `words` after it, or _EXHAUSTED or _FORGED."
     n, lanes, end = len(out), len(states), len(words)
@@ -362,7 +362,7 @@ def _decode_kernel(out, indexes, rows, decoding, buckets, bucket_bits, precision
         i += 1
     return position
 
-# %% ../nbs/05_rans.ipynb #21d62f61
+# %% ../nbs/05_rans.ipynb #c332a514
 _KERNELS: dict = {}
 _LOCK = threading.Lock()
 
@@ -399,7 +399,7 @@ def _compile(name: str, first: bool):
                                 "NUMBA_CACHE_DIR to a folder that can be written.", RuntimeWarning, stacklevel=4)
         return njit(types.int64(*arguments), **options)(function)
 
-# %% ../nbs/05_rans.ipynb #9f81c9b6
+# %% ../nbs/05_rans.ipynb #572b7872
 _CHUNK = 1 << 15  # symbols between two looks at the output
 _WORST = _MAX_DIGITS + 2  # words that one symbol may write
 
@@ -439,7 +439,7 @@ def rans_encode(parts: Sequence[tuple], lanes: int | None = None, compiled: bool
             chunks.append(words.astype("<u2").tobytes())
     return bytes([lanes]) + np.array(states, "<u4").tobytes() + b"".join(reversed(chunks))
 
-# %% ../nbs/05_rans.ipynb #e5617943
+# %% ../nbs/05_rans.ipynb #8d5fd971
 class RansDecoder:
     """Reads the parts of a stream of `rans_encode` in their order; `close` then proves that all of it was used.
 
@@ -471,7 +471,7 @@ class RansDecoder:
             position = kernel(out, indexes, ready.rows, ready.decoding, ready.buckets, ready.bucket_bits,
                               ready.precision, self._states, self._words, self._position)
         else:
-            states, words, position = self._states.tolist(), self._words.tolist(), self._position
+            states, words, position = self._states.tolist(), self._words.data, self._position
             for lo in range(0, len(out), _CHUNK):
                 position = _decode_plain(out, indexes, lo, min(lo + _CHUNK, len(out)), ready, states, words, position)
                 if position < 0: break
