@@ -185,7 +185,7 @@ _COLOURS = np.stack(np.meshgrid(_STEPS, _STEPS, _STEPS, indexing="ij"), -1).resh
 
 def _to_srgb(image: Image.Image, icc: bytes | None, name: str) -> Image.Image:
     "Colour as L, RGB, CMYK or LAB to sRGB by its profile; without one, grey and RGB are taken as sRGB."
-    if not icc and image.mode != "LAB": return image.convert("RGB")
+    if not icc and image.mode != "LAB": return image if image.mode == "RGB" else image.convert("RGB")
     try:
         if image.mode == "LAB": source = ImageCms.createProfile("LAB")  # Lab is itself: no profile can change it
         else:
@@ -228,19 +228,19 @@ def read_image(source, max_pixels: int | None = None) -> Image.Image:
         _load(image, name, limit)
         try:
             icc = image.info.get("icc_profile")
-            try: image = ImageOps.exif_transpose(image)  # a copy, also if nothing is to be turned
+            try: upright = ImageOps.exif_transpose(image)  # a copy, also if nothing is to be turned
             except Exception as error:
                 warnings.warn(f"{name}: its EXIF data are damaged and ignored ({error}).", stacklevel=2)
-            colour, alpha = _separate(image, name, rawmode)
+                upright = image.copy()
+            colour, alpha = _separate(upright, name, rawmode)
             pixels = _to_srgb(colour, icc, name)
             if alpha is not None: pixels = Image.merge("RGBA", (*pixels.split(), alpha))
-            clean = Image.new(pixels.mode, pixels.size)
-            clean.paste(pixels)
+            pixels.info = {}
         except (ImageError, Warning): raise  # a warning, where the caller turns warnings into errors
         except MemoryError: raise ImageError(f"{name} needs more memory than there is: make it smaller.") from None
         except Exception as error:
             raise ImageError(f"{name} cannot be converted to RGB ({error}): save it as PNG first.") from error
-    return clean
+    return pixels
 
 # %% ../nbs/01_data.ipynb #734482a3
 SAMPLE_PHOTOS = {
