@@ -1,0 +1,257 @@
+"""A photo to a file and back through the shipped model: every promise of the README, on real photos and real damage."""
+
+import io
+import os
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hific_nb import Codec, HfcError
+from hific_nb.codec import MAX_PIXELS, CodecError, file_info
+from hific_nb.config import HificError
+from hific_nb.data import ImageError, find_images, image_to_tensor, read_image, sample_photo
+from hific_nb.hfc import (ChecksumError, CorruptError, HfcFile, ModelMismatchError, NotHfcError, TooLargeError, TruncatedError,
+                          pack, unpack)
+from hific_nb.zoo import list_models
+
+
+@pytest.fixture(scope="module")
+def codec():
+    return Codec.from_pretrained("hific-lite")
+
+
+@pytest.fixture(scope="module")
+def photo():
+    return sample_photo("coffee").crop((100, 50, 357, 210))  # 257 x 160: no side a multiple of 64
+
+
+@pytest.fixture(scope="module")
+def data(codec, photo):
+    return codec.compress(photo)
+
+
+def pixels(image):
+    return np.asarray(image).astype(int)
+
+
+def test_every_kodak_photo(codec, shared, tmp_path):
+    photos = find_images(shared / "data" / "kodak")
+    assert len(photos) == 24
+    total = 0
+    for path in photos:
+        latents = codec.encode_latents(path)
+        data = codec.encode(latents)
+        file = tmp_path / f"{path.stem}.hfc"
+        file.write_bytes(data)
+        decoded = codec.decode_latents(file)
+        assert np.array_equal(decoded.symbols, latents.symbols) and np.array_equal(decoded.hyperlatents, latents.hyperlatents)
+        assert np.array_equal(pixels(codec.generate(decoded)), pixels(codec.generate(latents)))
+        assert len(data) <= codec.ideal_bits(latents) / 8 * 1.005 + 40, path.name
+        total += len(data)
+    (model,) = [m for m in list_models() if m.name == codec.name]
+    # The card's figure comes from real files, made in bfloat16 or float32; between the two the rate hardly moves.
+    assert 8 * total / (24 * 768 * 512) == pytest.approx(model.figures["bpp"], rel=0.02)
+
+
+def test_decompress_is_reconstruct(codec, photo, data):
+    assert codec.compress(photo) == data
+    assert np.array_equal(pixels(codec.decompress(data)), pixels(codec.reconstruct(photo)))
+    error = np.abs(pixels(codec.decompress(data)) - pixels(photo)).mean()
+    assert error < 20, "the decoded picture must resemble the photo"
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (16, 16), (17, 15), (63, 64), (64, 64), (65, 129)])
+def test_any_size(codec, photo, size):
+    small = photo.resize(size)
+    latents = codec.encode_latents(small)
+    decoded = codec.decode_latents(codec.encode(latents))
+    assert np.array_equal(decoded.symbols, latents.symbols)
+    assert codec.generate(decoded).size == size
+    assert len(codec.compress(small)) <= codec.ideal_bits(latents) / 8 * 1.005 + 40
+
+
+def test_kinds_of_input(codec, photo, data, tmp_path):
+    path = tmp_path / "photo.PNG"
+    photo.save(path)
+    assert codec.compress(path) == codec.compress(str(path)) == codec.compress(path.read_bytes()) == data
+    assert codec.compress(image_to_tensor(photo)) == data
+    as_float = codec.decompress(codec.compress(image_to_tensor(photo).double() / 255))
+    assert as_float.size == photo.size
+    grey = codec.decompress(codec.compress(photo.convert("L")))
+    assert grey.mode == "RGB" and np.ptp(pixels(grey), axis=2).mean() < 12, "grey stays nearly grey"
+
+
+@pytest.mark.parametrize("tensor", [torch.zeros(1, 3, 8, 8), torch.zeros(4, 8, 8), torch.zeros(3, 8, 8, dtype=torch.int64),
+                                    torch.full((3, 8, 8), 2.0), torch.full((3, 8, 8), float("nan")), torch.zeros(3, 0, 8)])
+def test_tensors_that_are_no_picture(codec, tensor):
+    with pytest.raises(ImageError):
+        codec.compress(tensor)
+
+
+def test_alpha_is_kept_to_the_bit(codec, photo):
+    rng = np.random.default_rng(0)
+    for alpha in (rng.integers(0, 256, (160, 257)).astype(np.uint8), np.zeros((160, 257), np.uint8)):
+        glass = photo.copy()
+        glass.putalpha(Image.fromarray(alpha))
+        back = codec.decompress(codec.compress(glass))
+        assert back.mode == "RGBA" and np.array_equal(np.asarray(back)[..., 3], alpha)
+    opaque = photo.copy()
+    opaque.putalpha(255)
+    data = codec.compress(opaque)
+    assert len(data) == len(codec.compress(photo)) and codec.decompress(data).mode == "RGBA"
+    assert file_info(data)["alpha_bytes"] == 0 and file_info(codec.compress(photo))["alpha_bytes"] is None
+
+
+def reseal(data, position, value):
+    body = bytearray(data[:-4])
+    body[position] = value
+    return bytes(body) + zlib.crc32(bytes(body)).to_bytes(4, "little")
+
+
+def test_bad_files(codec, data, tmp_path):
+    for broken, kind in ((b"just a text file, named photo.hfc", NotHfcError), (b"", TruncatedError), (data[:-1], TruncatedError),
+                         (data[: len(data) // 2], TruncatedError), (data[:200] + bytes([data[200] ^ 1]) + data[201:], ChecksumError),
+                         (reseal(data, 5, data[5] ^ 1), ModelMismatchError), (reseal(data, 12, 77), CorruptError)):
+        path = tmp_path / "broken.hfc"
+        path.write_bytes(broken)
+        for source in (broken, path):
+            with pytest.raises(kind) as raised:
+                codec.decompress(source)
+            assert isinstance(raised.value, HfcError) and "\n" not in str(raised.value) and len(str(raised.value)) < 300
+    with pytest.raises(HfcError):
+        codec.decompress(tmp_path / "missing.hfc")
+    with pytest.raises(HfcError):
+        codec.decompress(tmp_path)
+
+
+def test_forged_payload_is_noticed(codec, data):
+    """With a checksum that fits, only the coder's final states can tell; they do in all but one of some thousands."""
+    rng, noticed = np.random.default_rng(0), 0
+    for position in rng.integers(40, len(data) - 8, 40):
+        try: latents = codec.decode_latents(reseal(data, position, data[position] ^ 0x55))
+        except CorruptError: noticed += 1
+        else: assert latents.symbols.shape == (codec.model.config.latent_channels, 10, 17)
+    assert noticed >= 38
+
+
+def test_the_error_names_the_model(codec, data, tmp_path):
+    from hific_nb.model import load_model, save_model
+    from hific_nb.zoo import model_folder
+
+    other = load_model(model_folder("hific-lite"))
+    with torch.no_grad(): next(other.Generator.parameters()).view(-1)[0] += 0.5
+    mine = Codec.from_pretrained(save_model(other, tmp_path / "mine"))
+    with pytest.raises(ModelMismatchError, match=codec.name):
+        mine.decompress(data)
+    with pytest.raises(ModelMismatchError, match=mine.fingerprint.hex()):
+        codec.decompress(mine.compress(Image.new("RGB", (20, 20))))
+
+
+def test_gigapixel_header_takes_no_memory(codec, data):
+    forged = pack(HfcFile(60_000, 60_000, codec.fingerprint, 1, unpack(data).payload))
+    with pytest.raises(TooLargeError, match="max_pixels"):
+        codec.decompress(forged)
+    program = ("import resource, sys; from hific_nb import Codec, HfcError; codec = Codec.from_pretrained('hific-lite', max_pixels=2**16)\n"
+               "codec.decompress(codec.compress(__import__('PIL.Image').Image.new('RGB', (256, 256))))\n"
+               "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+               "try: codec.decompress(sys.stdin.buffer.read())\n"
+               "except HfcError: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n")
+    done = subprocess.run([sys.executable, "-c", program], input=forged, capture_output=True)
+    assert done.returncode == 0 and int(done.stdout) < 20_000, done.stderr.decode()  # kilobytes
+
+
+def test_max_pixels_guards_both_ways(photo, data):
+    guarded = Codec.from_pretrained("hific-lite", max_pixels=photo.width * photo.height - 1)
+    with pytest.raises(ImageError, match="max_pixels"): guarded.compress(photo)
+    with pytest.raises(ImageError, match="max_pixels"): guarded.compress(image_to_tensor(photo))
+    with pytest.raises(TooLargeError, match="max_pixels"): guarded.decompress(data)
+    just = Codec.from_pretrained("hific-lite", max_pixels=photo.width * photo.height)
+    assert just.decompress(data).size == photo.size
+    assert MAX_PIXELS >= 100_000_000
+
+
+def test_damaged_alpha(codec, photo, data):
+    file = unpack(data)
+    for size, mode in (((10, 10), "L"), (photo.size, "RGB")):
+        buffer = io.BytesIO()
+        Image.new(mode, size).save(buffer, "PNG")
+        for alpha in (buffer.getvalue(), buffer.getvalue()[:-20], b"nonsense"):
+            with pytest.raises(CorruptError, match="alpha"):
+                codec.decompress(pack(HfcFile(file.width, file.height, file.fingerprint, file.coder, file.payload, alpha)))
+
+
+@pytest.mark.parametrize("options", [dict(device="cuda:99"), dict(device="toaster"), dict(dtype=torch.int32), dict(dtype="float16"),
+                                     dict(coder="morse")])
+def test_options_that_cannot_be(options):
+    if options.get("device") == "cuda:99" and torch.cuda.is_available(): pytest.skip("there is a CUDA device here")
+    with pytest.raises(HificError):
+        Codec.from_pretrained("hific-lite", **options)
+
+
+def test_unknown_model():
+    with pytest.raises(HificError, match="hific-lite"):
+        Codec.from_pretrained("hific-large")
+
+
+def test_a_model_without_numbers(photo):
+    from hific_nb.config import model_preset
+    from hific_nb.model import Model
+
+    model = Model(model_preset("hific-lite").replace(channels=(8, 8, 8, 8)))
+    broken = Codec(model)
+    torch.nn.init.constant_(next(broken.model.Encoder.parameters()), float("inf"))
+    with pytest.raises(CodecError, match="finite"):
+        broken.compress(photo)
+
+
+def test_the_model_given_stays_as_it_was():
+    from hific_nb.config import model_preset
+    from hific_nb.model import Model
+
+    model = Model(model_preset("hific-lite").replace(channels=(8, 8, 8, 8))).train()
+    Codec(model, dtype=torch.bfloat16)
+    assert model.training and all(p.dtype == torch.float32 and p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_symbols_do_not_depend_on_the_generators_dtype(codec, photo, data, dtype):
+    other = Codec.from_pretrained("hific-lite", dtype=dtype)
+    a, b = codec.decode_latents(data), other.decode_latents(data)
+    assert np.array_equal(a.symbols, b.symbols) and np.array_equal(a.indexes, b.indexes)
+    assert np.abs(pixels(other.decompress(data)) - pixels(codec.decompress(data))).max() <= 8
+
+
+def test_coders_write_the_same_file(photo, data):
+    assert Codec.from_pretrained("hific-lite", coder="rans-numpy").compress(photo.crop((0, 0, 64, 48))) == \
+        Codec.from_pretrained("hific-lite").compress(photo.crop((0, 0, 64, 48)))
+
+
+SETTINGS = [dict(ONEDNN_MAX_CPU_ISA="SSE41"), dict(ONEDNN_MAX_CPU_ISA="AVX2"), dict(ATEN_CPU_CAPABILITY="default"),
+            dict(MKLDNN_ENABLED="0"), dict(OMP_NUM_THREADS="1"), dict(OMP_NUM_THREADS="2")]
+
+
+def test_other_processes_decode_the_same_symbols(codec, photo, data, tmp_path):
+    path = tmp_path / "photo.hfc"
+    path.write_bytes(data)
+    program = ("import hashlib, os, sys, torch; from hific_nb import Codec\n"
+               "torch.backends.mkldnn.set_flags(os.environ.get('MKLDNN_ENABLED') != '0')\n"
+               "codec = Codec.from_pretrained('hific-lite', dtype=torch.float32)\n"
+               "print(hashlib.sha256(codec.decode_latents(sys.argv[1]).symbols.tobytes()).hexdigest())\n")
+    import hashlib
+
+    wanted = hashlib.sha256(codec.decode_latents(data).symbols.tobytes()).hexdigest()
+    for setting in SETTINGS:
+        done = subprocess.run([sys.executable, "-c", program, path], env=os.environ | setting, capture_output=True, text=True)
+        assert done.stdout.strip() == wanted, (setting, done.stderr)
+
+
+def test_real_formats_from_kodak(codec, shared, tmp_path):
+    photo = read_image(shared / "data" / "kodak" / "kodim05.png").crop((0, 0, 200, 150))
+    for name in ("a.jpg", "b.JPEG", "c.webp", "d.tif", "e.bmp", "f.png"):
+        photo.save(tmp_path / name)
+        assert codec.decompress(codec.compress(tmp_path / name)).size == (200, 150)
