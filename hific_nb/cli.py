@@ -179,12 +179,15 @@ def run_job(name: str, run: Path, parameters: dict) -> Path | None:
     if not all(importlib.util.find_spec(package) for package in ("papermill", "ipykernel")): return None
     import papermill
 
+    from hific_nb.widgets import trust_notebook
+
     run.mkdir(parents=True, exist_ok=True)
     executed = run/f"{name}.ipynb"
     try: papermill.execute_notebook(str(path), str(executed), {**parameters, "run": str(run)}, kernel_name="python3",
                                     progress_bar=False)
     except papermill.PapermillExecutionError as error:
         raise HificError(f"The job stopped: {error.ename}: {error.evalue} (the executed notebook is {executed}).") from error
+    trust_notebook(executed)  # so that JupyterLab shows its slider live
     return executed
 
 # %% ../nbs/20_cli.ipynb #bfe94d38
@@ -203,12 +206,12 @@ def demo_command(args) -> int:
     if executed is None: _demo_without_papermill(photo, run, args)
     row = json.loads((run/"metrics.json").read_text())["images"][0]
     name = row["name"]
-    ms_ssim = "-" if row["ms_ssim"] is None else f"{row['ms_ssim']:.4f}"
+    psnr, ms_ssim = ("-" if row[key] is None else f"{row[key]:.{digits}f}" for key, digits in (("psnr", 2), ("ms_ssim", 4)))
     seconds = row["seconds"]
     print(f"""
 {photo.name}: {row['width']} x {row['height']}, {row['original_bytes']:,} bytes
   compressed    {row['bytes']:,} bytes = {row['bpp']:.3f} bits per pixel (ideal {row['ideal_bpp']:.3f}), 1/{row['ratio']:.0f} of the original
-  quality       PSNR {row['psnr']:.2f} dB, MS-SSIM {ms_ssim}
+  quality       PSNR {psnr} dB, MS-SSIM {ms_ssim}
   seconds       encode {seconds['encode'] + seconds['entropy_encode']:.2f}, decode {seconds['entropy_decode'] + seconds['generate']:.2f} (first call)
 
 In {run}:

@@ -25,7 +25,7 @@ from .data import ImageError, image_to_tensor, read_image, split_alpha, tensor_t
 from .entropy_models import interval_likelihood, scale_thresholds
 from .hfc import CorruptError, HfcFile, check_model, pack, read_hfc, write_hfc
 from .hyperprior import HYPER_DOWNSAMPLING, HYPERLATENT_BOUND, IntegerSynthesis
-from .metrics import bpp, ms_ssim, psnr
+from .metrics import bpp, image_metrics
 from .model import Coding, Model, model_fingerprint
 from .rans import CodingError, CorruptStreamError
 from .transforms import DOWNSAMPLING
@@ -262,8 +262,8 @@ def round_trip(codec: Codec, source, folder: str | os.PathLike, name: str, *, me
     """A picture to `folder/name.hfc` and from that file back to `folder/name.png`: (figures, original, decoded).
 
     The figures are of the real file: bytes, bpp, ideal_bpp (from the code length under the densities), original_bytes
-    and ratio (where `source` is a path), psnr, ms_ssim, and seconds for each step. Without `metrics`, psnr and ms_ssim are
-    left out; without `write_file` the entropy coder is skipped, and bytes and bpp with it.
+    and ratio (where `source` is a path), psnr (None where the pictures are identical) and ms_ssim (None where they are too
+    small), and seconds for each step. Without `metrics` these are left out; without `write_file` the entropy coder is skipped, and bytes and bpp with it.
     """
     folder, seconds = Path(folder), {}
 
@@ -291,6 +291,6 @@ def round_trip(codec: Codec, source, folder: str | os.PathLike, name: str, *, me
     decoded.save(buffer, "PNG")
     write_atomic(folder/f"{name}.png", buffer.getvalue())
     if metrics:
-        a, b = split_alpha(original)[0], split_alpha(decoded)[0]
-        figures |= dict(psnr=timed("psnr", psnr, a, b), ms_ssim=timed("ms_ssim", ms_ssim, a, b))
+        measured = timed("metrics", image_metrics, split_alpha(original)[0], split_alpha(decoded)[0])
+        figures |= {key: measured[key] for key in ("psnr", "ms_ssim", "identical")}
     return figures | dict(seconds=seconds), original, decoded
