@@ -69,8 +69,8 @@ _DENSITIES = {"gaussian": gaussian_cdf, "logistic": logistic_cdf}
 def register_density(name: str, cdf: Callable[[Tensor], Tensor]) -> None:
     """Make `ModelConfig(likelihood=name)` use this density for the latents; a name of one's own may be given anew.
 
-    `cdf` is the CDF of a density that is symmetric about 0, with scale 1: elementwise, differentiable, for any float type,
-    best accurate for negative arguments. Raises `ConfigError` for what is no such CDF, and for the names of the package.
+    `cdf` is the CDF of a density that is symmetric about 0, with scale 1: elementwise, differentiable, for any float
+    type, accurate for negative arguments. Raises `ConfigError` for what is no such CDF and for the package's own names.
     """
     if name in ("gaussian", "logistic"):
         raise ConfigError(f"The density {name!r} is the package's own: register yours under another name.")
@@ -86,15 +86,16 @@ def register_density(name: str, cdf: Callable[[Tensor], Tensor]) -> None:
 def get_density(name: str) -> Callable[[Tensor], Tensor]:
     "The standard CDF registered under a name; an unknown name raises `ConfigError`."
     if name not in _DENSITIES:
-        raise ConfigError(f"Unknown likelihood {name!r}. Known: {', '.join(sorted(_DENSITIES))}. A density of your own must "
-                          "be given to register_density before a model with it is built or loaded.")
+        raise ConfigError(f"Unknown likelihood {name!r}. Known: {', '.join(sorted(_DENSITIES))}. A density of your own "
+                          "must be given to register_density before a model with it is built or loaded.")
     return _DENSITIES[name]
 
 # %% ../nbs/03_entropy_models.ipynb #634e102f
-def interval_likelihood(y: Tensor, mean: Tensor, scale: Tensor, cdf: Callable[[Tensor], Tensor] = gaussian_cdf) -> Tensor:
+def interval_likelihood(y: Tensor, mean: Tensor, scale: Tensor,
+                        cdf: Callable[[Tensor], Tensor] = gaussian_cdf) -> Tensor:
     """P(y - 1/2 < Y < y + 1/2) for a symmetric density of this mean and scale > 0, floored at 1e-9; broadcasts.
 
-    Minnen et al. 2018. Both CDFs are taken on the negative side, where floats are dense. At the floor the gradient is 0.
+    Minnen et al. 2018. Both CDFs are taken on the negative side, where floats are dense. At the floor, no gradient.
     """
     distance = (y - mean).abs()
     return (cdf((0.5 - distance) / scale) - cdf((-0.5 - distance) / scale)).clamp(min=LIKELIHOOD_FLOOR)
@@ -171,9 +172,10 @@ class IndexedTables:
         cdf, slots, offset = self.cdf, self.slots, self.offset
         def need(ok, what):
             if not ok: raise TableError(f"Probability tables are unusable: {what}.")
-        need(isinstance(self.precision, int) and 1 <= self.precision <= 16, "precision must be a whole number in 1 ... 16")
-        need(all(isinstance(a, np.ndarray) for a in (cdf, slots, offset)) and cdf.dtype == np.uint32
-             and slots.dtype == np.int32 and offset.dtype == np.int32, "cdf must be a uint32 array, slots and offset int32")
+        need(isinstance(self.precision, int) and 1 <= self.precision <= 16,
+             "precision must be a whole number in 1 ... 16")
+        need([getattr(a, "dtype", None) for a in (cdf, slots, offset)] == [np.uint32, np.int32, np.int32],
+             "cdf must be a uint32 array, slots and offset int32")
         need(cdf.ndim == 2 and slots.shape == offset.shape == (cdf.shape[0],) and cdf.shape[0] >= 1, "shapes disagree")
         need(slots.min() >= 2 and slots.max() < cdf.shape[1], "every row needs two slots at least and room for all")
         total, column = 2 ** self.precision, np.arange(cdf.shape[1])
@@ -208,7 +210,7 @@ def quantize_pmf(p: np.ndarray, precision: int) -> np.ndarray:
         f = np.maximum(1, np.ceil(1 / np.expm1(1 / (p * total)))).astype(np.int64)
     step = 1 if f.sum() < total else -1
 
-    def loss(s): return p[s] * math.log2(f[s] / (f[s] + step)) if f[s] + step >= 1 else math.inf  # bits; a gain is negative
+    def loss(s): return p[s] * math.log2(f[s] / (f[s] + step)) if f[s] + step >= 1 else math.inf  # in bits
     queue = [(loss(s), s) for s in range(len(p))]
     heapq.heapify(queue)
     for _ in range(abs(total - int(f.sum()))):
@@ -221,8 +223,8 @@ def quantize_pmf(p: np.ndarray, precision: int) -> np.ndarray:
 def tables_from_pmfs(pmfs: Sequence[np.ndarray], offsets: Sequence[int], precision: int = 14) -> IndexedTables:
     """Tables from one probability vector per row; row r's first entry belongs to the value offsets[r].
 
-    Mass that a vector lacks (1 - its sum) goes to the escape slot, which is appended and never smaller than 2**-precision.
-    A vector whose sum is above 1 is scaled down. Raises `TableError` where no valid row can be made.
+    Mass that a vector lacks (1 - its sum) goes to the escape slot, which is appended and never smaller than
+    2**-precision. A vector whose sum is above 1 is scaled down. Raises `TableError` where no valid row can be made.
     """
     offsets = np.asarray(offsets, np.int64)
     if len(pmfs) == 0 or offsets.shape != (len(pmfs),) or np.abs(offsets).max() > 2 ** 31 - 1:
@@ -273,8 +275,8 @@ def scale_tables(grid: np.ndarray, density: str = "gaussian", precision: int = 1
 def factorized_tables(density: FactorizedDensity, precision: int = 14, reach: int = 1023) -> IndexedTables:
     """One row per channel of a factorized density, for hyperlatents round(z) within -reach ... reach.
 
-    A row covers the values from the first to the last whose probability is at least a quarter of the smallest frequency (at
-    most 2**precision - 1 values: those with the most mass); everything else is escaped.
+    A row covers the values from the first to the last whose probability is at least a quarter of the smallest
+    frequency, at most the 2**precision - 1 neighbours with the most mass; everything else is escaped.
     """
     _check_precision(precision)
     density, room = copy.deepcopy(density).cpu(), 2 ** precision - 1

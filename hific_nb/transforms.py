@@ -18,7 +18,7 @@ DOWNSAMPLING = 16  # pixels per latent, along each side
 
 # %% ../nbs/02_transforms.ipynb #fa863f65
 class Reflect(nn.Module):
-    """Reflection padding that also takes pictures smaller than the padding; (B, C, H, W) -> (B, C, H+top+bottom, W+left+right).
+    """Reflection padding, (B, C, H, W) -> (B, C, H + top + bottom, W + left + right), for pictures of any size.
 
     A reflection needs more pixels than it adds; where a side has too few, its last pixel is repeated instead.
     """
@@ -39,8 +39,8 @@ class Reflect(nn.Module):
 class ChannelNorm(nn.Module):
     """Normalization of each pixel over its channels, then a gain and an offset per channel; (B, C, H, W) -> the same.
 
-    y = gamma * (x - mean) / sqrt(var + eps) + beta, with mean and *unbiased* variance over the C >= 2 channels of one pixel
-    (ChannelNorm of Mentzer et al. 2020). Computed as a layer norm over the last axis: fastest for tensors in
+    y = gamma * (x - mean) / sqrt(var + eps) + beta, with mean and *unbiased* variance over the C >= 2 channels of one
+    pixel (ChannelNorm of Mentzer et al. 2020). Computed as a layer norm over the last axis: fastest for tensors in
     `torch.channels_last`, which it returns.
     """
     def __init__(self, channels: int, eps: float = 1e-3):
@@ -156,7 +156,7 @@ class _Bottleneck(nn.Module):
 def _check_light(config: ModelConfig, blocks: tuple) -> None:
     if len(config.channels) != 4 or len(blocks) != 4:
         raise ConfigError("The drawing 'light' needs four channels and four block counts (at 1/2, 1/4, 1/8, 1/16).")
-    if min(config.channels) < 2: raise ConfigError("The drawing 'light' needs two channels at least at every resolution.")
+    if min(config.channels) < 2: raise ConfigError("The drawing 'light' needs at least two channels everywhere.")
 
 
 class LightEncoder(nn.Module):
@@ -200,7 +200,7 @@ _TRANSFORMS = {"hific": (HificEncoder, HificGenerator), "light": (LightEncoder, 
 def register_transform(name: str, encoder: type[nn.Module], generator: type[nn.Module]) -> None:
     """Make `ModelConfig(transform=name)` build these two classes; a name of one's own may be given anew.
 
-    `encoder(config)` maps (B, 3, H, W) to (B, C, H/16, W/16), `generator(config)` maps back; C = config.latent_channels.
+    `encoder(config)` maps (B, 3, H, W) to (B, C, H/16, W/16), C = config.latent_channels, `generator(config)` back.
     Raises `ConfigError` for the names of the package, whose saved models would silently become something else.
     """
     if name in ("hific", "light"):
@@ -211,7 +211,7 @@ def register_transform(name: str, encoder: type[nn.Module], generator: type[nn.M
 def build_transforms(config: ModelConfig) -> tuple[nn.Module, nn.Module]:
     "The encoder and the generator that a `ModelConfig` describes; an unknown drawing raises `ConfigError`."
     if config.transform not in _TRANSFORMS:
-        raise ConfigError(f"Unknown transform {config.transform!r}. Known: {', '.join(sorted(_TRANSFORMS))}. A drawing of "
-                          "your own must be given to register_transform before a model with it is built or loaded.")
+        raise ConfigError(f"Unknown transform {config.transform!r}. Known: {', '.join(sorted(_TRANSFORMS))}. A drawing "
+                          "of your own must be given to register_transform before a model with it is built or loaded.")
     encoder, generator = _TRANSFORMS[config.transform]
     return encoder(config), generator(config)
