@@ -2,12 +2,13 @@
 
     python benchmarks/kodak.py --model hific-lite --photos ../shared/data/kodak [--card hific_nb/models/hific-lite-v0]
 
-Every photo is compressed to a file and decoded from it; what is measured is that file and that picture. Fails unless the
-decoded symbols are those that were coded, and every file is at most its ideal length x 1.005 + 40 bytes. With --card, the
-means are written into card.json of that model folder.
+Every photo is compressed to a file and decoded from it; what is measured is that file and that picture. Fails unless
+the decoded symbols are those that were coded, and every file is at most its ideal length x 1.005 + 40 bytes. With
+--card, the means are written into card.json of that model folder.
 """
 
 import argparse
+import hashlib
 import json
 import sys
 import tempfile
@@ -45,9 +46,11 @@ def main():
                 decoded_latents.hyperlatents, latents.hyperlatents)
             fits = size <= 1.005 * ideal + 40
             wrong += not (same and fits)
-            rows.append((bpp(size, *image.size), 8 * ideal / image.width / image.height, psnr(image, decoded), ms_ssim(image, decoded)))
-            print(f"{photo.name:<14} {size:>7,} bytes  ideal {ideal:>9,.1f}  {rows[-1][0]:.4f} bpp  {rows[-1][2]:.2f} dB  "
-                  f"MS-SSIM {rows[-1][3]:.4f}{'' if same else '  SYMBOLS DIFFER'}{'' if fits else '  TOO LONG'}")
+            rows.append((bpp(size, *image.size), 8 * ideal / image.width / image.height, psnr(image, decoded),
+                         ms_ssim(image, decoded)))
+            print(f"{photo.name:<14} {size:>7,} bytes  ideal {ideal:>9,.1f}  {rows[-1][0]:.4f} bpp  "
+                  f"{rows[-1][2]:.2f} dB  MS-SSIM {rows[-1][3]:.4f}{'' if same else '  SYMBOLS DIFFER'}"
+                  f"{'' if fits else '  TOO LONG'}")
     mean = dict(zip(("bpp", "ideal_bpp", "psnr", "ms_ssim"), (round(float(v), 4) for v in np.mean(rows, 0))))
     print(f"mean of {len(rows)} photos: {mean}")
     if args.card:
@@ -56,6 +59,7 @@ def main():
         model = load_model(args.card)
         card = json.loads((args.card/"card.json").read_text()) if (args.card/"card.json").exists() else {}
         card |= dict(fingerprint=codec.fingerprint.hex(), parameters=sum(p.numel() for p in model.parameters()),
+                     weights_sha256=hashlib.sha256((args.card/"weights.safetensors").read_bytes()).hexdigest(),
                      figures=dict(dataset=args.photos.name, photos=len(rows), **mean))
         if args.description: card["description"] = args.description
         write_atomic(args.card/"card.json", (json.dumps(card, indent=2) + "\n").encode())

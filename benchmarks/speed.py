@@ -11,6 +11,7 @@ import io
 import resource
 import statistics
 import time
+from functools import partial
 
 import torch
 from PIL import Image, features
@@ -53,26 +54,29 @@ def main():
     codec = Codec.from_pretrained(args.model, device=args.device)
     data = codec.compress(photo)
     print(f"{codec}, {args.threads} threads, 768 x 512, {len(data):,} bytes")
-    rows = [(codec.name, measure(lambda: codec.compress(photo), args.repeat), measure(lambda: codec.decompress(data), args.repeat))]
-    latents = codec.encode_latents(photo)
-    z = torch.from_numpy(latents.hyperlatents)[None].float().to(codec.device)
-    parts = [("of it: encoder and hyperprior", lambda: codec.encode_latents(photo)), ("of it: entropy encoding", lambda: codec.encode(latents)),
-             ("of it: exact table indexes", lambda: codec.index_synthesis(z, latents.symbols.shape[1:])),
-             ("of it: entropy decoding, hyperprior", lambda: codec.decode_latents(data)), ("of it: generator", lambda: codec.generate(latents))]
-    for kind, feature in (("AVIF", "avif"), ("WEBP", "webp")):
-        if not features.check(feature):
+    rows = [(codec.name, measure(lambda: codec.compress(photo), args.repeat),
+             measure(lambda: codec.decompress(data), args.repeat))]
+    for kind in ("AVIF", "WEBP"):
+        if not features.check(kind.lower()):
             print(f"{kind}: skipped, this Pillow has no {kind}")
             continue
-        quality = min(range(5, 96, 5), key=lambda q: abs(len(saved(photo, kind, q)) - len(data)))
+        quality = min(range(5, 96, 5), key=lambda q: abs(len(saved(photo, kind, q)) - len(data)))  # noqa: B023
         coded = saved(photo, kind, quality)
-        rows.append((f"{kind}, {len(coded):,} bytes", measure(lambda: saved(photo, kind, quality), args.repeat),
-                     measure(lambda: opened(coded), args.repeat)))
+        rows.append((f"{kind}, {len(coded):,} bytes", measure(partial(saved, photo, kind, quality), args.repeat),
+                     measure(partial(opened, coded), args.repeat)))
     base = rows[0]
     print(f"{'':<26}{'compress ms':>18}{'decompress ms':>18}{'ratio':>16}")
     for name, enc, dec in rows:
         print(f"{name:<26}{1e3 * enc[0]:>9.1f} ({1e3 * enc[1]:.1f}){1e3 * dec[0]:>11.1f} ({1e3 * dec[1]:.1f})"
               f"{enc[0] / base[1][0]:>9.2f} / {dec[0] / base[2][0]:.2f}")
-    for name, function in parts: print(f"{name:<40}{1e3 * measure(function, args.repeat)[0]:.1f} ms")
+    latents = codec.encode_latents(photo)
+    z = torch.from_numpy(latents.hyperlatents)[None].float().to(codec.device)
+    for name, function in (("encoder and hyperprior", lambda: codec.encode_latents(photo)),
+                           ("entropy encoding", lambda: codec.encode(latents)),
+                           ("exact table indexes", lambda: codec.index_synthesis(z, latents.symbols.shape[1:])),
+                           ("entropy decoding and hyperprior", lambda: codec.decode_latents(data)),
+                           ("generator", lambda: codec.generate(latents))):
+        print(f"  of it: {name:<34}{1e3 * measure(function, args.repeat)[0]:.1f} ms")
     print(f"peak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
 
 

@@ -208,11 +208,13 @@ def demo_command(args) -> int:
     name = row["name"]
     psnr, ms_ssim = ("-" if row[key] is None else f"{row[key]:.{digits}f}" for key, digits in (("psnr", 2), ("ms_ssim", 4)))
     seconds = row["seconds"]
+    encode, decode = (seconds[a] + seconds[b] for a, b in (("encode", "entropy_encode"), ("entropy_decode", "generate")))
     print(f"""
 {photo.name}: {row['width']} x {row['height']}, {row['original_bytes']:,} bytes
-  compressed    {row['bytes']:,} bytes = {row['bpp']:.3f} bits per pixel (ideal {row['ideal_bpp']:.3f}), 1/{row['ratio']:.0f} of the original
+  compressed    {row['bytes']:,} bytes, 1/{row['ratio']:.0f} of the original
+  rate          {row['bpp']:.3f} bits per pixel (ideal {row['ideal_bpp']:.3f})
   quality       PSNR {psnr} dB, MS-SSIM {ms_ssim}
-  seconds       encode {seconds['encode'] + seconds['entropy_encode']:.2f}, decode {seconds['entropy_decode'] + seconds['generate']:.2f} (first call)
+  seconds       encode {encode:.2f}, decode {decode:.2f} (first call)
 
 In {run}:
   {name}.hfc              the compressed photo

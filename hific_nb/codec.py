@@ -263,7 +263,8 @@ def round_trip(codec: Codec, source, folder: str | os.PathLike, name: str, *, me
 
     The figures are of the real file: bytes, bpp, ideal_bpp (from the code length under the densities), original_bytes
     and ratio (where `source` is a path), psnr (None where the pictures are identical) and ms_ssim (None where they are too
-    small), and seconds for each step. Without `metrics` these are left out; without `write_file` the entropy coder is skipped, and bytes and bpp with it.
+    small), and seconds for each step. Without `metrics` these are left out; without `write_file` the entropy coder is
+    skipped, and bytes and bpp with it.
     """
     folder, seconds = Path(folder), {}
 

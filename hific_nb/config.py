@@ -15,9 +15,8 @@ import math
 import os
 import tempfile
 from dataclasses import asdict, dataclass, fields
+from importlib.resources import files
 from pathlib import Path
-
-import hific_nb
 
 # %% ../nbs/00_config.ipynb #73c40228
 class HificError(Exception):
@@ -262,7 +261,7 @@ class TrainConfig(_Record):
 # %% ../nbs/00_config.ipynb #d25bfd91
 def find_job(name: str) -> Path:
     "The path of the job notebook `name` (such as 'compress'), in the installed package or in a clone."
-    here = Path(hific_nb.__file__).resolve().parent
+    here = Path(str(files("hific_nb"))).resolve()
     folders = [here/"notebooks"/"jobs", here.parent/"nbs"/"jobs"]
     for folder in folders:
         if (folder/f"{name}.ipynb").is_file(): return folder/f"{name}.ipynb"

@@ -10,9 +10,9 @@ __all__ = ['MODELS_FOLDER', 'ALIASES', 'UnknownModelError', 'ModelInfo', 'list_m
 import json
 import os
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 
-import hific_nb
 from .config import HificError
 from .model import Model, load_model
 
@@ -21,7 +21,7 @@ class UnknownModelError(HificError, LookupError):
     "A model name that is neither shipped nor a folder."
 
 
-MODELS_FOLDER = Path(hific_nb.__file__).resolve().parent/"models"
+MODELS_FOLDER = Path(str(files("hific_nb"))).resolve()/"models"
 ALIASES = {"hific-lite": "hific-lite-v0"}  # a name without a version is the newest version
 
 # %% ../nbs/12_zoo.ipynb #c4523758

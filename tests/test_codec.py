@@ -115,7 +115,8 @@ def reseal(data, position, value):
 
 def test_bad_files(codec, data, tmp_path):
     for broken, kind in ((b"just a text file, named photo.hfc", NotHfcError), (b"", TruncatedError), (data[:-1], TruncatedError),
-                         (data[: len(data) // 2], TruncatedError), (data[:200] + bytes([data[200] ^ 1]) + data[201:], ChecksumError),
+                         (data[: len(data) // 2], TruncatedError),
+                         (data[:200] + bytes([data[200] ^ 1]) + data[201:], ChecksumError),
                          (reseal(data, 5, data[5] ^ 1), ModelMismatchError), (reseal(data, 12, 77), CorruptError)):
         path = tmp_path / "broken.hfc"
         path.write_bytes(broken)
@@ -156,7 +157,8 @@ def test_gigapixel_header_takes_no_memory(codec, data):
     forged = pack(HfcFile(60_000, 60_000, codec.fingerprint, 1, unpack(data).payload))
     with pytest.raises(TooLargeError, match="max_pixels"):
         codec.decompress(forged)
-    program = ("import resource, sys; from hific_nb import Codec, HfcError; codec = Codec.from_pretrained('hific-lite', max_pixels=2**16)\n"
+    program = ("import resource, sys; from hific_nb import Codec, HfcError\n"
+               "codec = Codec.from_pretrained('hific-lite', max_pixels=2**16)\n"
                "codec.decompress(codec.compress(__import__('PIL.Image').Image.new('RGB', (256, 256))))\n"
                "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
                "try: codec.decompress(sys.stdin.buffer.read())\n"

@@ -43,7 +43,8 @@ def test_unknown_parameter_is_refused(job, tmp_path, monkeypatch):
 def run_job(name, run, parameters, cwd):
     """As `papermill nbs/jobs/NAME.ipynb run/NAME.ipynb -k python3 -p ...` from a folder that is not the clone."""
     run.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "papermill", JOBS[0].parent / f"{name}.ipynb", run / f"{name}.ipynb", "-k", "python3", "--no-progress-bar"]
+    source, target = JOBS[0].parent / f"{name}.ipynb", run / f"{name}.ipynb"
+    command = [sys.executable, "-m", "papermill", source, target, "-k", "python3", "--no-progress-bar"]
     for key, value in {**parameters, "run": run}.items(): command += ["-p", key, str(value)]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
     cells = json.loads((run / f"{name}.ipynb").read_text(encoding="utf-8"))
@@ -67,7 +68,8 @@ def test_compress_a_folder(tmp_path):
     codec = Codec.from_pretrained("hific-lite")
     for row in report["images"]:
         file = run / f"{row['name']}.hfc"
-        assert row["bytes"] == file.stat().st_size and row["bpp"] == pytest.approx(8 * row["bytes"] / (row["width"] * row["height"]))
+        assert row["bytes"] == file.stat().st_size
+        assert row["bpp"] == pytest.approx(8 * row["bytes"] / (row["width"] * row["height"]))
         decoded = codec.decompress(file)
         assert np.abs(np.asarray(decoded).astype(int) - np.asarray(Image.open(run / f"{row['name']}.png"))).max() <= 2
         assert row["ideal_bpp"] < row["bpp"] and row["psnr"] > 15 and row["ms_ssim"] is None  # too small for five scales
@@ -104,8 +106,8 @@ def test_train_then_compress_with_the_result(tmp_path):
     settings = dict(dataset=photos, n_steps="4", batch_size=1, crop_size=64, log_every=1, regime="high", dtype="float32")
     done, notebook = run_job("train", run, settings, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert {"train.ipynb", "run.json", "metrics.jsonl", "metrics.json", "checkpoint.pt", "curves.png", "held_back.hfc", "held_back.png"} <= {
-        p.name for p in run.iterdir()}
+    assert {"train.ipynb", "run.json", "metrics.jsonl", "metrics.json", "checkpoint.pt", "curves.png", "held_back.hfc",
+            "held_back.png"} <= {p.name for p in run.iterdir()}
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
     report = json.loads((run / "metrics.json").read_text())
     assert report["steps"] == 4 and report["photo"]["bytes"] == (run / "held_back.hfc").stat().st_size
