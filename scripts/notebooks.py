@@ -151,6 +151,8 @@ def execute(nb, folder, root=ROOT, timeout=600):
         for output in cell.outputs:  # a widget without its live model shows an error: keep its still picture or text
             if "data" in output and len(output.data) > 1:
                 output.data.pop(WIDGET_MIME, None)
+            if "image/png" in output.get("data", {}):  # IPython also stores a lossy copy of every PIL picture
+                output.data.pop("image/jpeg", None)
     return nb
 
 
@@ -218,6 +220,7 @@ def readme(root=ROOT):
                 output.get("data", {}).pop(WIDGET_MIME, None)
         cells.append(cell)
     nb.cells = cells
+    nb.metadata["language_info"] = {"name": "python"}  # names the language of the code blocks; cleaning removes it
     config = Config()
     config.ExtractOutputPreprocessor.output_filename_template = "docs/readme_{cell_index}_{index}{extension}"
     config.NbConvertBase.display_data_priority = [
