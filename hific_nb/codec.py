@@ -43,7 +43,9 @@ def hardware_bfloat16(device: str | torch.device) -> bool:
     "Whether a device multiplies bfloat16 in hardware: an NVIDIA GPU from Ampere on, a CPU with AMX or AVX512-BF16."
     kind = torch.device(device).type
     if kind == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
-    return kind == "cpu" and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    if kind != "cpu": return False
+    asked = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))  # newer torch has them
+    return any(ask is not None and ask() for ask in asked)
 
 # %% ../nbs/13_codec.ipynb #9b7cc128
 @dataclass(frozen=True, eq=False)
@@ -67,7 +69,7 @@ class Codec:
     """A photo to the bytes of a `.hfc` file, and back.
 
     model: see `from_pretrained` for the shipped ones; it is copied, so a training can go on with the original.
-    device: "cpu", "cuda", ...; None takes a GPU where there is one. dtype: of the encoder and the generator; None takes
+    device: "cpu" or "cuda"; None takes a GPU where there is one. dtype: of the encoder and the generator; None takes
     bfloat16 where the device multiplies it in hardware, else float32. The hyperprior is always float32, and what
     decoding depends on exact integers, so files decode whatever the device and dtype.
     coder: name of the entropy coder to write with; a file is read with the coder it names.
@@ -75,10 +77,13 @@ class Codec:
     """
     def __init__(self, model: Model, *, name: str | None = None, device: str | None = None,
                  dtype: torch.dtype | None = None, coder: str = "rans", max_pixels: int = MAX_PIXELS):
-        try: self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        except RuntimeError: raise CodecError(f"There is no device {device!r}: use 'cpu' or 'cuda'.") from None
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise CodecError("PyTorch finds no CUDA device here: use device='cpu'.")
+        try:
+            self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            if self.device.type not in ("cpu", "cuda"): raise RuntimeError("exact table indexes need float64")
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise CodecError(f"The device {device!r} cannot be used here ({reason}): use 'cpu' or 'cuda'.") from None
         if dtype is None: dtype = torch.bfloat16 if hardware_bfloat16(self.device) else torch.float32
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise CodecError(f"dtype must be a floating-point torch.dtype such as torch.float32, not {dtype!r}.")
