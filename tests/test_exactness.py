@@ -1,0 +1,176 @@
+"""Table indexes do not depend on the machine: other instruction sets, in processes of their own, without oneDNN, on one
+thread or two, in another memory layout. The negative control: the float network does depend on it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hific_nb.config import ModelConfig, model_preset
+from hific_nb.entropy_models import scale_grid, scale_thresholds
+from hific_nb.hyperprior import HYPERLATENT_BOUND, HyperSynthesis, IntegerSynthesis
+from hific_nb.model import Model, save_model
+
+ROOT = Path(__file__).resolve().parent.parent
+# What a process is told before it starts. Every one of them is also run on one thread and two, with and without oneDNN.
+SETTINGS = {
+    "as it is": {},
+    "SSE4.1": dict(ONEDNN_MAX_CPU_ISA="SSE41"),
+    "AVX2": dict(ONEDNN_MAX_CPU_ISA="AVX2"),
+    "no vectors": dict(ATEN_CPU_CAPABILITY="default"),
+    "all of it, and MKL's oldest": dict(ONEDNN_MAX_CPU_ISA="SSE41", ATEN_CPU_CAPABILITY="default", MKL_CBWR="COMPATIBLE"),
+}
+WORKER = """
+import hashlib, json, sys
+from pathlib import Path
+import numpy as np, torch
+from safetensors.torch import load_file
+from hific_nb.config import model_preset
+from hific_nb.hyperprior import HyperSynthesis, IntegerSynthesis
+from hific_nb.model import load_model, model_fingerprint, save_model
+
+folder, out = map(Path, sys.argv[1:])
+out.mkdir()
+tensors = load_file(folder / "synthesis.safetensors")
+z, thresholds = tensors.pop("z"), tensors.pop("thresholds")
+synthesis = HyperSynthesis(model_preset("hific-lite"))
+synthesis.load_state_dict(tensors)
+exact = IntegerSynthesis(synthesis, thresholds.numpy())
+size = (4 * z.shape[2], 4 * z.shape[3])
+digests, runs = {}, {}
+for threads in (1, 2):
+    for onednn in (True, False):
+        torch.set_num_threads(threads)
+        torch.backends.mkldnn.enabled = onednn
+        for layout in (torch.contiguous_format, torch.channels_last):
+            name = f"{threads} {onednn} {layout}"
+            part = z[:, :, :4].contiguous(memory_format=layout)
+            indexes = exact(part, (16, size[1])).to(torch.uint8).numpy()
+            digests[name] = hashlib.sha256(indexes.tobytes()).hexdigest()
+        with torch.inference_mode():
+            indexes = torch.searchsorted(thresholds, synthesis(z).double().contiguous(), right=True)
+        np.save(out / f"float {threads} {onednn}.npy", indexes.to(torch.uint8).numpy())
+np.save(out / "exact.npy", exact(z, size).to(torch.uint8).numpy())
+model = load_model(save_model(load_model(folder / "wide"), out / "model"))  # tables are built again here
+print(json.dumps(dict(digests=digests, fingerprint=model_fingerprint(model, model.coding).hex())))
+"""
+
+
+@pytest.fixture(scope="module")
+def synthesis():
+    """hific-lite's hyper-synthesis of the scales with random weights, its scales spread over the tables: 1 +- 1.4."""
+    rng = np.random.default_rng(0)  # torch's normal numbers depend on the vector unit
+    network = HyperSynthesis(model_preset("hific-lite"))
+    with torch.no_grad():
+        for conv in network.children():
+            terms = conv.weight.shape[0] * conv.kernel_size[0] ** 2 / conv.stride[0] ** 2  # of one output
+            conv.weight.copy_(torch.from_numpy(rng.standard_normal(conv.weight.shape) * (2 / terms) ** 0.5))
+            conv.bias.copy_(torch.from_numpy(0.1 * rng.standard_normal(conv.bias.shape)))
+        network.conv3.weight.mul_(0.5)
+        network.conv3.bias.add_(1)
+    return network.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def thresholds():
+    return scale_thresholds(scale_grid())
+
+
+@pytest.fixture(scope="module")
+def found(synthesis, thresholds, tmp_path_factory):
+    """Setting -> what a process under it computed, and the folder with its arrays."""
+    folder = tmp_path_factory.mktemp("exactness")
+    z = torch.from_numpy(np.random.default_rng(1).integers(-3, 4, (1, 96, 32, 48))).float()  # 3.1 million latents
+    tensors = dict(synthesis.state_dict()) | dict(z=z, thresholds=torch.from_numpy(thresholds))
+    save_file(tensors, folder / "synthesis.safetensors")
+    torch.manual_seed(0)
+    model = Model(ModelConfig(transform="light", channels=(4, 4, 4, 4), latent_channels=4, hyperprior_channels=192))
+    with torch.no_grad():
+        for p in model.Hyperprior.hyperlatent_likelihood.parameters():  # densities of many shapes
+            p.add_(torch.randn(p.shape) * 0.5)
+    save_model(model, folder / "wide", torch.float32)
+    results = {}
+    for i, (name, variables) in enumerate(SETTINGS.items()):
+        env = {k: v for k, v in os.environ.items() if k not in ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_CBWR")}
+        env |= dict(OMP_NUM_THREADS="2", OMP_WAIT_POLICY="PASSIVE", PYTHONPATH=str(ROOT)) | variables
+        command = [sys.executable, "-c", WORKER, str(folder), str(folder / str(i))]
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, f"{name}: {done.stderr}"
+        results[name] = json.loads(done.stdout.splitlines()[-1]) | dict(folder=folder / str(i))
+    return results
+
+
+def test_indexes_are_the_same_on_every_machine(found):
+    digests = {d for result in found.values() for d in result["digests"].values()}
+    assert len(digests) == 1, {name: result["digests"] for name, result in found.items()}
+    arrays = [np.load(result["folder"] / "exact.npy") for result in found.values()]
+    assert all(np.array_equal(arrays[0], other) for other in arrays[1:])
+    assert arrays[0].size == 128 * 128 * 192 and len(np.unique(arrays[0])) > 50  # and they are not all one table
+
+
+def test_the_float_network_changes_its_mind(found):
+    """Without this the test above might pass for lack of anything to find."""
+    arrays = {(name, path.stem): np.load(path) for name, result in found.items()
+              for path in sorted(result["folder"].glob("float*.npy"))}
+    first, *others = arrays.values()
+    changed = {key: int((array != first).sum()) for key, array in arrays.items()}
+    assert max(changed.values()) > 0, changed
+    assert max(changed.values()) < 1e-4 * first.size  # by rounding, not for being another network
+
+
+def test_integers_are_close_to_floats(found):
+    """What exactness costs: a neighbouring table for one latent in hundreds."""
+    result = found["as it is"]["folder"]
+    exact, floats = np.load(result / "exact.npy").astype(int), np.load(result / "float 1 True.npy")[0].astype(int)
+    assert (exact == floats).mean() > 0.999 and np.abs(exact - floats).max() <= 1
+
+
+def test_tables_and_fingerprint_are_built_alike_everywhere(found):
+    assert len({result["fingerprint"] for result in found.values()}) == 1, found
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (4, 4), (5, 3), (17, 9)])
+def test_any_size(synthesis, thresholds, size):
+    exact = IntegerSynthesis(synthesis, thresholds)
+    z = torch.randint(-20, 21, (1, 96, -(-size[0] // 4), -(-size[1] // 4)))
+    indexes = exact(z, size)
+    assert indexes.shape == (128, *size) and indexes.dtype == torch.int64
+    assert torch.equal(indexes, exact(z, (4 * z.shape[2], 4 * z.shape[3]))[:, : size[0], : size[1]])
+
+
+def test_float16_weights_are_taken_as_they_are(thresholds, synthesis):
+    """Stored weights are multiples of 2**-24; in a layer with room for 24 bits the integers are those weights exactly."""
+    half = HyperSynthesis(model_preset("hific-lite"))
+    half.load_state_dict({k: t.half().float() for k, t in synthesis.state_dict().items()})
+    exact = IntegerSynthesis(half, thresholds)
+    assert exact.weight_bits[0] == 24
+    (py, px), taps, matrix = exact.layers[0][0][0]
+    assert (py, px) == (0, 0) and len(taps) == 9
+    stored = {float(v) for v in half.conv1.weight.detach()[:, :, 0::2, 0::2].double().flatten()}
+    assert {float(v) for v in (matrix * 2.0 ** -24).flatten()} == stored
+
+
+@pytest.mark.parametrize("gain", [1e-3, 1.0, 30.0])
+def test_no_hyperlatents_leave_the_bounds(thresholds, gain):
+    """Sums stay whole and below 2**52, for the loudest hyperlatents and for weights of any size that is accepted."""
+    rng = np.random.default_rng(0)
+    network = HyperSynthesis(ModelConfig(latent_channels=5, hyperprior_channels=7))
+    with torch.no_grad():
+        for p in network.parameters():
+            p.copy_(torch.from_numpy(gain * rng.standard_normal(p.shape)))
+    exact = IntegerSynthesis(network, thresholds)
+    assert all(bound < 2 ** 52 for bound in exact.bounds)
+    for values in (2.0 ** 31, -2.0 ** 31, float("inf"), float("nan")):
+        for signs in (np.ones((1, 7, 3, 4)), rng.choice([-1, 1], (1, 7, 3, 4))):
+            z = torch.from_numpy(values * signs)
+            scales = exact.scales(z)
+            assert torch.equal(scales, scales.round()) and scales.abs().max() <= exact.bounds[2]
+            saturated = z.nan_to_num(0.0).clamp(-HYPERLATENT_BOUND, HYPERLATENT_BOUND)
+            assert torch.equal(scales, exact.scales(saturated))
