@@ -234,16 +234,28 @@ def _encode_alpha(alpha: Image.Image | None) -> bytes | None:
     return buffer.getvalue()
 
 
+_PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", b"\0\0\0\0IEND\xaeB`\x82"
+
+
+def _check_png(data: bytes, size: tuple[int, int]) -> None:
+    "Raises `ValueError` for a PNG that `_encode_alpha` does not write: chunks of text would be kept, megabytes each."
+    header = b"".join([_PNG_START, *(side.to_bytes(4, "big") for side in size), b"\x08\0\0\0\0"])  # 8 bits, grey
+    position = len(header) + 4  # its checksum
+    while data[position + 4: position + 8] == b"IDAT":
+        position += 12 + int.from_bytes(data[position: position + 4], "big")
+    if not data.startswith(header) or data[position:] != _PNG_END: raise ValueError("not as it was written")
+
+
 def _decode_alpha(file: HfcFile) -> Image.Image | None:
     if file.alpha is None: return None
     size = (file.width, file.height)
     if not file.alpha: return Image.new("L", size, 255)
     try:
+        _check_png(file.alpha, size)
         image = Image.open(io.BytesIO(file.alpha), formats=("PNG",))
-        if image.size != size or image.mode != "L": raise ValueError("it does not fit the picture")
         image.load()
     except Exception as error:  # Pillow's parsers raise almost anything on damaged data
-        raise CorruptError(f"The file's alpha channel cannot be read ({error}). Get the file again.") from error
+        raise CorruptError("The file's alpha channel cannot be read. Get the file again from where it came from.") from error
     return image
 
 # %% ../nbs/13_codec.ipynb #07372a93
