@@ -19,7 +19,7 @@ from hific_nb.hyperprior import HYPERLATENT_BOUND, HyperSynthesis, IntegerSynthe
 from hific_nb.model import Model, save_model
 
 ROOT = Path(__file__).resolve().parent.parent
-# What a process is told before it starts. Every one of them is also run on one thread and two, with and without oneDNN.
+# What a process is told before it starts. Each then runs on one thread, on one without oneDNN, and on two.
 SETTINGS = {
     "as it is": {},
     "SSE4.1": dict(ONEDNN_MAX_CPU_ISA="SSE41"),
@@ -45,18 +45,16 @@ synthesis.load_state_dict(tensors)
 exact = IntegerSynthesis(synthesis, thresholds.numpy())
 size = (4 * z.shape[2], 4 * z.shape[3])
 digests, runs = {}, {}
-for threads in (1, 2):
-    for onednn in (True, False):
-        torch.set_num_threads(threads)
-        torch.backends.mkldnn.enabled = onednn
-        for layout in (torch.contiguous_format, torch.channels_last):
-            name = f"{threads} {onednn} {layout}"
-            part = z[:, :, :4].contiguous(memory_format=layout)
-            indexes = exact(part, (16, size[1])).to(torch.uint8).numpy()
-            digests[name] = hashlib.sha256(indexes.tobytes()).hexdigest()
-        with torch.inference_mode():
-            indexes = torch.searchsorted(thresholds, synthesis(z).double().contiguous(), right=True)
-        np.save(out / f"float {threads} {onednn}.npy", indexes.to(torch.uint8).numpy())
+for threads, onednn in ((1, True), (1, False), (2, True)):
+    torch.set_num_threads(threads)
+    torch.backends.mkldnn.enabled = onednn
+    for layout in (torch.contiguous_format, torch.channels_last):
+        part = z[:, :, :4].contiguous(memory_format=layout)
+        indexes = exact(part, (16, size[1])).to(torch.uint8).numpy()
+        digests[f"{threads} {onednn} {layout}"] = hashlib.sha256(indexes.tobytes()).hexdigest()
+    with torch.inference_mode():
+        indexes = torch.searchsorted(thresholds, synthesis(z).double().contiguous(), right=True)
+    np.save(out / f"float {threads} {onednn}.npy", indexes.to(torch.uint8).numpy())
 np.save(out / "exact.npy", exact(z, size).to(torch.uint8).numpy())
 model = load_model(save_model(load_model(folder / "wide"), out / "model"))  # tables are built again here
 print(json.dumps(dict(digests=digests, fingerprint=model_fingerprint(model, model.coding).hex())))
