@@ -225,6 +225,7 @@ def check_model(file: HfcFile, fingerprint: bytes, model: str = "this model", ne
 # %% ../nbs/07_hfc.ipynb #3de4b103
 _PROBE = 64  # bytes; no header is longer
 _WHOLE = 1 << 24  # files up to this size are read without looking at what they promise
+_PIECE = 1 << 20
 
 
 def read_hfc(source: str | os.PathLike | bytes, max_pixels: int | None = None) -> HfcFile:
@@ -243,7 +244,12 @@ def read_hfc(source: str | os.PathLike | bytes, max_pixels: int | None = None) -
                 if fields and data[len(MAGIC)] == VERSION:
                     _check_pixels({f.name: f.value for f in fields}, max_pixels)
                 promised = fields[-1].end + 1 if fields else 0  # the one too many shows that there are more
-                data += f.read(max(promised, _WHOLE) - _PROBE)
+                rest = max(promised, _WHOLE) - _PROBE
+                pieces = [data]  # read(n) takes n bytes of memory first, whatever the file has
+                while rest and (piece := f.read(min(rest, _PIECE))):
+                    pieces.append(piece)
+                    rest -= len(piece)
+                data = b"".join(pieces)
             return unpack(data, max_pixels)
     except OSError as error:
         raise HfcError(f"Cannot read {os.fspath(source)}: {error.strerror or error}.") from error
