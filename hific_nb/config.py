@@ -66,8 +66,8 @@ def write_atomic(path: str | os.PathLike, data: bytes) -> Path:
 # %% ../nbs/00_config.ipynb #08f39df2
 def _positive_ints(value, name: str) -> tuple[int, ...]:
     _require(isinstance(value, (list, tuple)) and len(value) > 0, f"{name} must be a list of whole numbers.")
-    _require(all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in value),
-             f"{name} must hold whole numbers of at least 0, not {value!r}.")
+    _require(all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v <= 4096 for v in value),
+             f"{name} must hold whole numbers in 0 ... 4096, not {value!r}.")
     return tuple(value)
 
 
