@@ -184,7 +184,7 @@ def run_job(name: str, run: Path, parameters: dict) -> Path | None:
     run.mkdir(parents=True, exist_ok=True)
     executed = run/f"{name}.ipynb"
     try: papermill.execute_notebook(str(path), str(executed), {**parameters, "run": str(run)}, kernel_name="python3",
-                                    progress_bar=False)
+                                    progress_bar=False, extra_arguments=["--IPKernelApp.log_level=ERROR"])
     except papermill.PapermillExecutionError as error:
         raise HificError(f"The job stopped: {error.ename}: {error.evalue} (the executed notebook is {executed}).") from error
     trust_notebook(executed)  # so that JupyterLab shows its slider live
