@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STATE_LOW', 'MAX_PRECISION', 'LONG_STREAM', 'CodingError', 'CorruptStreamError', 'lane_count', 'exact_reciprocals',
-           'CodingTables', 'coding_tables', 'rans_encode', 'RansDecoder']
+           'CodingTables', 'coding_tables', 'check_indexes', 'check_part', 'rans_encode', 'RansDecoder']
 
 # %% ../nbs/05_rans.ipynb #a640b184
 import threading
@@ -138,8 +138,19 @@ def _symbols(symbols) -> np.ndarray:
     return _integers(symbols, "Symbols", *_INT32, "int32", np.int32)
 
 
-def _indexes(indexes, ready: CodingTables) -> np.ndarray:
-    return _integers(indexes, "Indexes", 0, len(ready.rows) - 1, "the rows of the tables", np.uint32)
+def check_indexes(indexes, tables: IndexedTables) -> tuple[np.ndarray, CodingTables]:
+    "Indexes (n,) as uint32, and the tables made ready; `CodingError` where an index is no row of them."
+    ready = coding_tables(tables)
+    return _integers(indexes, "Indexes", 0, len(ready.rows) - 1, "the rows of the tables", np.uint32), ready
+
+
+def check_part(symbols, indexes, tables: IndexedTables) -> tuple[np.ndarray, np.ndarray, CodingTables]:
+    "Symbols (n,) as int32, indexes (n,) as uint32, and the tables made ready; `CodingError` names what cannot be coded."
+    indexes, ready = check_indexes(indexes, tables)
+    symbols = _symbols(symbols)
+    if len(symbols) != len(indexes):
+        raise CodingError(f"Every symbol needs one index, but there are {len(symbols)} symbols and {len(indexes)} indexes.")
+    return symbols, indexes, ready
 
 # %% ../nbs/05_rans.ipynb #cc2b0638
 _EXHAUSTED, _FORGED = -1, -2  # what a decoding loop returns in place of a position
@@ -410,14 +421,7 @@ def rans_encode(parts: Sequence[tuple], lanes: int | None = None, compiled: bool
     The parts are decoded in the order given and share the lanes' states. `lanes` is chosen by `lane_count` unless
     given (1 to 255). `compiled=False` takes the plain path; the bytes are the same. Raises `CodingError`.
     """
-    checked = []
-    for symbols, indexes, tables in parts:
-        ready = coding_tables(tables)
-        symbols, indexes = _symbols(symbols), _indexes(indexes, ready)
-        if len(symbols) != len(indexes):
-            raise CodingError(f"Every symbol needs one index, but there are {len(symbols)} symbols and "
-                              f"{len(indexes)} indexes.")
-        checked.append((symbols, indexes, ready))
+    checked = [check_part(symbols, indexes, tables) for symbols, indexes, tables in parts]
     total = sum(len(symbols) for symbols, _, _ in checked)
     if lanes is None: lanes = lane_count(total)
     if not 1 <= lanes <= 255: raise CodingError(f"A stream has 1 to 255 lanes, not {lanes}.")
@@ -460,8 +464,7 @@ class RansDecoder:
 
     def read(self, indexes, tables: IndexedTables) -> np.ndarray:
         "The next len(indexes) symbols, (n,) int32, where symbol i was coded with row indexes[i] of `tables`."
-        ready = coding_tables(tables)
-        indexes = _indexes(indexes, ready)
+        indexes, ready = check_indexes(indexes, tables)
         out = np.empty(len(indexes), np.int32)
         if not len(out): return out
         if not len(self._states):

@@ -13,6 +13,7 @@ from PIL import Image
 
 from hific_nb import Codec, HfcError
 from hific_nb.codec import MAX_PIXELS, CodecError, file_info
+from hific_nb.coders import CoderUnavailableError, get_coder
 from hific_nb.config import HificError
 from hific_nb.data import ImageError, find_images, image_to_tensor, read_image, sample_photo
 from hific_nb.hfc import (ChecksumError, CorruptError, HfcFile, ModelMismatchError, NotHfcError, TooLargeError, TruncatedError,
@@ -231,6 +232,18 @@ def test_symbols_do_not_depend_on_the_generators_dtype(codec, photo, data, dtype
 def test_coders_write_the_same_file(photo, data):
     assert Codec.from_pretrained("hific-lite", coder="rans-numpy").compress(photo.crop((0, 0, 64, 48))) == \
         Codec.from_pretrained("hific-lite").compress(photo.crop((0, 0, 64, 48)))
+
+
+@pytest.mark.parametrize("name", ["torchac", "constriction"])
+def test_files_of_the_optional_coders_are_files_like_others(codec, photo, data, name):
+    try: get_coder(name)
+    except CoderUnavailableError as error: pytest.skip(str(error))
+    other = Codec.from_pretrained("hific-lite", coder=name).compress(photo)
+    assert other != data and abs(len(other) - len(data)) < 60 and file_info(other)["coder"] == name
+    assert np.array_equal(codec.decode_latents(other).symbols, codec.decode_latents(data).symbols)
+    for position in range(30, len(other) - 4, 97):
+        try: codec.decode_latents(reseal(other, position, other[position] ^ 0x55))
+        except HfcError: pass
 
 
 SETTINGS = [dict(ONEDNN_MAX_CPU_ISA="SSE41"), dict(ONEDNN_MAX_CPU_ISA="AVX2"), dict(ATEN_CPU_CAPABILITY="default"),

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hific_nb import rans
-from hific_nb.coders import get_coder, list_coders, table_bits
+from hific_nb.coders import CoderUnavailableError, get_coder, list_coders, table_bits
 from hific_nb.config import HificError
 from hific_nb.entropy_models import (
     IndexedTables, TableError, scale_grid, scale_tables, scale_thresholds, tables_from_pmfs)
@@ -213,7 +213,7 @@ def test_reciprocals_are_exact_where_it_is_hardest():
 # ----------------------------------------------------------------------------------------------------- sizes
 
 
-@pytest.mark.parametrize("name", list_coders())
+@pytest.mark.parametrize("name", ["rans", "rans-numpy"])
 def test_empty_and_single(name):
     coder = get_coder(name)
     none = np.zeros(0, np.int32)
@@ -338,7 +338,9 @@ def test_the_coder_adds_a_few_bytes_to_what_the_tables_allow():
     (3, 0, "dimension")])
 def test_wrong_parts_are_named(symbols, indexes, word):
     for name in list_coders():
-        with pytest.raises(CodingError, match=word): get_coder(name).encode([(symbols, indexes, LATENTS)])
+        try: coder = get_coder(name)
+        except CoderUnavailableError: continue
+        with pytest.raises(CodingError, match=word): coder.encode([(symbols, indexes, LATENTS)])
 
 
 def test_wrong_indexes_for_reading():

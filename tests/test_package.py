@@ -17,8 +17,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(path.stem for path in (ROOT / "hific_nb").glob("*.py") if not path.stem.startswith("_"))
 # What `pip install hific_nb`, without extras, does not bring: the codec and the command line do without.
-EXTRAS_ONLY = ["IPython", "anywidget", "execnb", "fastcore", "hypothesis", "ipykernel", "ipywidgets", "jupyterlab",
-               "matplotlib", "nbclient", "nbconvert", "nbdev", "nbformat", "papermill", "playwright", "pytest"]
+EXTRAS_ONLY = ["IPython", "anywidget", "constriction", "execnb", "fastcore", "hypothesis", "ipykernel", "ipywidgets", "jupyterlab",
+               "matplotlib", "nbclient", "nbconvert", "nbdev", "nbformat", "papermill", "playwright", "pytest",
+               "torchac"]
 # Installed, but slow to import: only the function that needs one imports it.
 HEAVY = ["numba", "scipy", "skimage", "pytorch_msssim"]
 
