@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from .coders import UnknownCoderError, get_coder
+from .coders import UnknownCoderError, coder_name, get_coder
 from .config import HificError, write_atomic
 from .data import ImageError, image_to_tensor, read_image, split_alpha, tensor_to_image
 from .entropy_models import interval_likelihood, scale_thresholds
@@ -266,8 +266,7 @@ def file_info(data: bytes | str | os.PathLike) -> dict:
     coder (name, or id where it is unknown), payload_bytes, alpha_bytes (None without alpha; 0 where opaque).
     """
     file = read_hfc(data)
-    try: coder = get_coder(file.coder).name
-    except UnknownCoderError: coder = file.coder
+    coder = coder_name(file.coder) or file.coder  # its package need not be here
     size = len(data) if isinstance(data, (bytes, bytearray, memoryview)) else os.stat(data).st_size
     return dict(width=file.width, height=file.height, bytes=size, bpp=8 * size / file.pixels,
                 model=name_of_fingerprint(file.fingerprint), fingerprint=file.fingerprint.hex(), coder=coder,

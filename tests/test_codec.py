@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import zlib
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -244,6 +245,14 @@ def test_files_of_the_optional_coders_are_files_like_others(codec, photo, data, 
     for position in range(30, len(other) - 4, 97):
         try: codec.decode_latents(reseal(other, position, other[position] ^ 0x55))
         except HfcError: pass
+
+
+def test_a_file_of_an_absent_coder_says_which_and_what_to_type(codec, data):
+    file = unpack(data)
+    other = pack(HfcFile(file.width, file.height, file.fingerprint, 3, file.payload))
+    with mock.patch.dict(sys.modules, constriction=None):
+        assert file_info(other)["coder"] == "constriction"
+        with pytest.raises(HfcError, match=r"pip install 'hific_nb\[coders\]'"): codec.decompress(other)
 
 
 SETTINGS = [dict(ONEDNN_MAX_CPU_ISA="SSE41"), dict(ONEDNN_MAX_CPU_ISA="AVX2"), dict(ATEN_CPU_CAPABILITY="default"),
