@@ -62,8 +62,8 @@ def test_compress_a_folder(tmp_path):
     run = tmp_path / "run"
     done, notebook = run_job("compress", run, dict(input=photos), tmp_path)
     assert done.returncode == 0, done.stderr
-    assert {p.name for p in run.iterdir()} == {"compress.ipynb", "metrics.json", *(f"{name}{kind}" for name in ("cat", "trip_cat", "trip_cat.png")
-                                               for kind in (".hfc", ".png", ".comparison.png"))}
+    made = {f"{name}{kind}" for name in ("cat", "trip_cat", "trip_cat.png") for kind in (".hfc", ".png", ".comparison.png")}
+    assert {p.name for p in run.iterdir()} == {"compress.ipynb", "metrics.json", *made}
     report = json.loads((run / "metrics.json").read_text())
     assert [Path(f["file"]).name for f in report["failed"]] == ["broken.png"]
     codec = Codec.from_pretrained("hific-lite")
