@@ -252,11 +252,10 @@ def _decode_alpha(file: HfcFile) -> Image.Image | None:
     if not file.alpha: return Image.new("L", size, 255)
     try:
         _check_png(file.alpha, size)
-        image = Image.open(io.BytesIO(file.alpha), formats=("PNG",))
-        image.load()
+        alpha = read_image(file.alpha, file.width * file.height).getchannel(0)
     except Exception as error:  # Pillow's parsers raise almost anything on damaged data
         raise CorruptError("The file's alpha channel cannot be read. Get the file again from where it came from.") from error
-    return image
+    return alpha
 
 # %% ../nbs/13_codec.ipynb #07372a93
 def file_info(data: bytes | str | os.PathLike) -> dict:
