@@ -216,17 +216,18 @@ def test_the_drawing_that_is_not_registered_is_named(copied):
 
 
 def test_a_giant_config_takes_no_memory(copied):
-    """Weights of 50 GB are promised by the config; a process that believed it would be killed."""
+    """Weights of many GB are promised by the config; a process that believed it would be killed."""
     config = json.loads((copied / "config.json").read_text())
-    (copied / "config.json").write_text(json.dumps(config | dict(hyperprior_channels=4096, channels=[8192] * 4)))
+    (copied / "config.json").write_text(json.dumps(config | dict(hyperprior_channels=4096, channels=[4096] * 4)))
     code = """
-import resource, sys
+import sys
 from hific_nb.model import ModelError, load_model
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak(): return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+before = peak()
 try: load_model(sys.argv[1])
-except ModelError as error: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+except ModelError as error: print(peak() - before)
 """
-    pytest.importorskip("resource")
+    if not os.path.exists("/proc/self/status"): pytest.skip("no /proc here to read the peak memory from")
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code, copied], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
