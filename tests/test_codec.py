@@ -133,7 +133,7 @@ def test_bad_files(codec, data, tmp_path):
 
 
 def test_forged_payload_is_noticed(codec, data):
-    """With a checksum that fits, only the coder's final states can tell; they do in all but one of some thousands."""
+    """With a checksum that fits, only the coder's states can tell: they do not end where they began."""
     rng, noticed = np.random.default_rng(0), 0
     for position in rng.integers(40, len(data) - 8, 40):
         try: latents = codec.decode_latents(reseal(data, position, data[position] ^ 0x55))
