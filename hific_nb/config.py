@@ -126,6 +126,7 @@ class ModelConfig(_Record):
     min_scale: lower bound of the predicted scales (0.11 in the paper).
     rate_levels: 0 for a model of one rate; else the number of levels 0, 1, ... among which a picture's rate is chosen when it
         is compressed, by gains around the quantizer (Cui et al. 2021) that are learned at `rate_anchors` levels.
+    regime_levels: the levels that the names low, med and high stand for; empty before they are measured.
     """
     transform: str = "hific"
     channels: tuple = (60, 120, 240, 480, 960)
@@ -142,6 +143,7 @@ class ModelConfig(_Record):
     mixture_components: int = 4
     rate_levels: int = 0
     rate_anchors: int = 6
+    regime_levels: tuple = ()
 
     def _check(self):
         for name in ("channels", "encoder_blocks", "generator_blocks"):
@@ -154,6 +156,11 @@ class ModelConfig(_Record):
         _require(0.01 <= self.min_scale <= 1, "min_scale must lie in 0.01 ... 1.")
         _require(1 <= self.mixture_components <= 64, "mixture_components must lie in 1 ... 64.")
         _require(self.rate_levels == 0 or 2 <= self.rate_levels <= 1024, "rate_levels must be 0 (one rate), or lie in 2 ... 1024.")
+        if self.regime_levels not in ((), []):
+            object.__setattr__(self, "regime_levels", _positive_ints(self.regime_levels, "regime_levels"))
+            _require(len(self.regime_levels) == len(REGIMES) and max(self.regime_levels) < self.rate_levels,
+                     "regime_levels must name one of the rate levels for each of low, med and high.")
+        else: object.__setattr__(self, "regime_levels", ())
         _require(2 <= self.rate_anchors <= 1024, "rate_anchors must lie in 2 ... 1024.")
 
 # %% ../nbs/00_config.ipynb #4dd53c50
