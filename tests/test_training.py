@@ -19,7 +19,7 @@ TINY = ModelConfig(transform="light", channels=(8, 8, 12, 16), encoder_blocks=(0
                    latent_channels=16, hyperprior_channels=8)
 SHORT = TrainConfig(n_steps=40, batch_size=2, crop_size=64, learning_rate=2e-3, dtype="float32", log_every=1, ema_decay=0.9,
                     checkpoint_minutes=0.0)
-OBJECTIVE = Objective.for_regime("high")
+OBJECTIVE = Objective.for_regime("high", perceptual="none")
 PROGRAM = f"""
 import sys, torch
 from hific_nb.config import ModelConfig, Objective, TrainConfig
@@ -97,7 +97,7 @@ def test_it_learns(uninterrupted):
 
 
 def test_other_settings_are_refused(photos, uninterrupted):
-    for changed in (dict(objective=Objective.for_regime("low")), dict(train_config=SHORT.replace(seed=1)),
+    for changed in (dict(objective=Objective.for_regime("low", perceptual="none")), dict(train_config=SHORT.replace(seed=1)),
                     dict(model_config=TINY.replace(latent_channels=17))):
         arguments = dict(model_config=TINY, objective=OBJECTIVE, train_config=SHORT) | changed
         with pytest.raises(TrainingError, match="other settings"):
