@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from hific_nb.config import ModelConfig, model_preset
 from hific_nb.entropy_models import scale_grid, scale_thresholds
-from hific_nb.hyperprior import HYPERLATENT_BOUND, HyperSynthesis, IntegerSynthesis
+from hific_nb.hyperprior import HYPERLATENT_BOUND, HyperSynthesis, IntegerSynthesis, ThresholdLookup
 from hific_nb.model import Model, save_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,12 +52,12 @@ for threads, onednn in ((1, True), (1, False), (2, True)):
     torch.backends.mkldnn.enabled = onednn
     for layout in (torch.contiguous_format, torch.channels_last):
         part = z[:, :, :4].contiguous(memory_format=layout)
-        indexes = exact(part, (16, size[1])).to(torch.uint8).numpy()
+        indexes = exact(part, (16, size[1])).numpy()
         digests[f"{threads} {onednn} {layout}"] = hashlib.sha256(indexes.tobytes()).hexdigest()
     with torch.inference_mode():
         indexes = torch.searchsorted(thresholds, synthesis(z).double().contiguous(), right=True)
     np.save(out / f"float {threads} {onednn}.npy", indexes.to(torch.uint8).numpy())
-np.save(out / "exact.npy", exact(z, size).to(torch.uint8).numpy())
+np.save(out / "exact.npy", exact(z, size).numpy())
 model = load_model(save_model(load_model(folder / "wide"), out / "model"))  # tables are built again here
 print(json.dumps(dict(digests=digests, fingerprint=model_fingerprint(model, model.coding).hex())))
 """
@@ -139,7 +141,7 @@ def test_any_size(synthesis, thresholds, size):
     exact = IntegerSynthesis(synthesis, thresholds)
     z = torch.randint(-20, 21, (1, 96, -(-size[0] // 4), -(-size[1] // 4)))
     indexes = exact(z, size)
-    assert indexes.shape == (128, *size) and indexes.dtype == torch.int64
+    assert indexes.shape == (128, *size) and indexes.dtype == torch.uint8
     assert torch.equal(indexes, exact(z, (4 * z.shape[2], 4 * z.shape[3]))[:, : size[0], : size[1]])
 
 
@@ -172,3 +174,46 @@ def test_no_hyperlatents_leave_the_bounds(thresholds, gain):
             assert torch.equal(scales, scales.round()) and scales.abs().max() <= exact.bounds[2]
             saturated = z.nan_to_num(0.0).clamp(-HYPERLATENT_BOUND, HYPERLATENT_BOUND)
             assert torch.equal(scales, exact.scales(saturated))
+
+
+numbers = st.one_of(st.floats(allow_nan=False), st.integers(-2 ** 53, 2 ** 53).map(float))
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.data())
+def test_the_lookup_is_a_search(data):
+    """Any thresholds, any numbers: those at the thresholds and beside them, and at and beside the edges of their codes."""
+    thresholds = np.unique(np.array(data.draw(st.lists(numbers.filter(np.isfinite), max_size=40)), float) + 0.0)
+    if data.draw(st.booleans()): thresholds = np.unique(np.abs(thresholds))
+    codes = thresholds.view(np.int64) >> 48
+    near = np.concatenate([thresholds, (codes << 48).view(np.float64), ((codes << 48) - 1).view(np.float64),
+                           data.draw(st.lists(numbers)), [0.0, -0.0, np.inf, -np.inf]])
+    with np.errstate(over="ignore"):
+        near = np.concatenate([near, np.nextafter(near, np.inf), np.nextafter(near, -np.inf)])
+    near = near[~np.isnan(near)]
+    lookup = ThresholdLookup(torch.from_numpy(thresholds))
+    found = lookup(torch.from_numpy(near[:, None, None]))
+    assert found.dtype == torch.uint8 and np.array_equal(found[:, 0, 0], np.searchsorted(thresholds, near, side="right"))
+
+
+@pytest.mark.parametrize("levels, one_comparison", [(96, True), (2, True), (160, False), (400, False)])
+def test_the_lookup_of_any_grid(levels, one_comparison):
+    thresholds = np.rint(scale_thresholds(scale_grid(levels=levels)) * 2.0 ** 36)
+    scales = np.rint(np.exp2(np.random.default_rng(levels).uniform(30, 46, (6, 50, 60))))
+    scales[0] = np.resize(np.concatenate([thresholds, thresholds - 1, thresholds + 1, [0, -5]]), (50, 60))
+    lookup = ThresholdLookup(torch.from_numpy(thresholds))
+    assert lookup.one_comparison == one_comparison
+    found = lookup(torch.from_numpy(scales)[:, :, :59])
+    assert found.dtype == (torch.uint8 if levels <= 256 else torch.int32)
+    assert np.array_equal(found, np.searchsorted(thresholds, scales, side="right")[:, :, :59])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_a_gpu_finds_the_same_indexes(synthesis, thresholds):
+    z = torch.from_numpy(np.random.default_rng(4).integers(-60, 61, (1, 96, 16, 24)))
+    exact, gpu = IntegerSynthesis(synthesis, thresholds), IntegerSynthesis(synthesis, thresholds).to("cuda")
+    assert torch.equal(exact.scales(z), gpu.scales(z.cuda()).cpu())
+    assert torch.equal(exact(z, (64, 96)), gpu(z.cuda(), (64, 96)).cpu())
+    x = exact.lookup.thresholds
+    x = torch.cat([x, x - 1, x + 1, -x, x.new_tensor([0.0, -0.0, 2.0 ** 52, torch.inf])])[:, None, None]
+    assert torch.equal(exact.lookup(x), gpu.lookup(x.cuda()).cpu())
