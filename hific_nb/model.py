@@ -109,13 +109,14 @@ class Model(nn.Module):
 
 # %% ../nbs/11_model.ipynb #c3e400b9
 def rate_distortion_loss(out: dict[str, Tensor], x: Tensor, objective: Objective, progress: float, *, levels: int = 0,
-                         perceptual: Callable | None = None, adversarial: Tensor | None = None) -> tuple[Tensor, dict]:
+                         perceptual: Callable | None = None, adversarial: Tensor | None = None,
+                         batch_bpp: float | None = None) -> tuple[Tensor, dict]:
     """lambda * bpp + k_M * MSE(0..255) + k_P * perceptual + beta * adversarial, a scalar with gradient, and its parts.
 
     out: of `Model.forward` for the images x (B, 3, H, W) in 0 ... 1. progress: 0 ... 1 through the training.
-    perceptual: (recon, x) -> (B,) distances. adversarial: (B,) loss of the generator against a discriminator.
-    Without levels, lambda is the switch of Mentzer et al. 2020: the *quantized* rate of the batch decides on it, the *noisy*
-    rate is penalized. With `levels`, the number of a model's rate levels, every image has the lambda of its level, and
+    perceptual: (recon, x) -> (B,) distances. adversarial: loss of the generator against a discriminator, a scalar or (B,).
+    Without levels, lambda is the switch of Mentzer et al. 2020: the *quantized* rate of the batch decides on it (`batch_bpp`
+    where these images are a part of the batch), the *noisy* rate is penalized. With `levels`, the number of a model's rate levels, every image has the lambda of its level, and
     its Lagrangian is divided by the root of that lambda, so that no end of the range drowns the other.
     The parts, floats: loss, bpp (quantized), bpp_noisy, mse, psnr (dB, of the batch's mean MSE), lmbda, and `perceptual` and
     `adversarial` where they are given.
@@ -133,7 +134,7 @@ def rate_distortion_loss(out: dict[str, Tensor], x: Tensor, objective: Objective
         loss = ((weight * out["bpp_noisy"] + distance) / weight.sqrt()).mean()
         means["lmbda"] = weight.mean()
     else:
-        weight = objective.lambda_at(means["bpp"].item(), progress)
+        weight = objective.lambda_at(means["bpp"].item() if batch_bpp is None else batch_bpp, progress)
         loss = weight * means["bpp_noisy"] + distance.mean()
         means["lmbda"] = loss.new_tensor(weight)
     means["loss"] = loss
