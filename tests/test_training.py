@@ -2,33 +2,30 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch.nn.utils import parameters_to_vector
 
-from hific_nb.config import ModelConfig, Objective, TrainConfig
-from hific_nb.data import sample_photo
-from hific_nb.training import TrainingError, train
+from hific_nb.config import HificError, ModelConfig, Objective, TrainConfig
+from hific_nb.data import PhotoCrops, sample_photo
+from hific_nb.model import Model, load_model
+from hific_nb.training import Trainer, TrainingError, check_memory, prepare_run, step_memory, train
 
 TINY = ModelConfig(transform="light", channels=(8, 8, 12, 16), encoder_blocks=(0, 0, 1, 1), generator_blocks=(0, 0, 1, 1),
                    latent_channels=16, hyperprior_channels=8)
 SHORT = TrainConfig(n_steps=40, batch_size=2, crop_size=64, learning_rate=2e-3, dtype="float32", log_every=1, ema_decay=0.9,
-                    checkpoint_minutes=0.0)
+                    checkpoint_minutes=0.0, sample_every=20)
 OBJECTIVE = Objective.for_regime("high", perceptual="none")
-PROGRAM = f"""
-import sys, torch
-from hific_nb.config import ModelConfig, Objective, TrainConfig
-from hific_nb.training import train
-torch.set_num_threads(1)
-try: train(sys.argv[1], sys.argv[2], ModelConfig.from_dict({TINY.to_dict()}), Objective.from_dict({OBJECTIVE.to_dict()}),
-           TrainConfig.from_dict({SHORT.to_dict()}), on_record=lambda r: print(r["step"], flush=True))
-except KeyboardInterrupt as stop: print("stopped:", stop); sys.exit(130)
-"""
+CRITIC = dict(model_type="compression_gan", discriminator_channels=(4, 8, 8, 8))
+ACCELERATE = pytest.importorskip("accelerate", reason="training in several processes needs: pip install accelerate")
 
 
 @pytest.fixture(scope="module")
@@ -38,86 +35,213 @@ def photos(tmp_path_factory):
     return folder
 
 
+def start(run, photos, config=SHORT, model=TINY, objective=OBJECTIVE, **options):
+    "A training in a process of its own, one thread, a line for each step."
+    prepare_run(run, photos, model, objective, config, device="cpu", **options)
+    return subprocess.Popen([sys.executable, "-m", "hific_nb.training", run], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def finish(*arguments, **options):
+    process = start(*arguments, **options)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, photos):
     run = tmp_path_factory.mktemp("runs") / "straight"
-    subprocess.run([sys.executable, "-c", PROGRAM, run, photos], check=True, capture_output=True)
+    finish(run, photos)
     return run
 
 
-def losses(run):
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+def records(run): return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def stop_at(run, photos, step, with_signal):
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM, run, photos], stdout=subprocess.PIPE, text=True)
+def losses(run): return [record["loss"] for record in records(run)]
+
+
+def newest(run): return torch.load(max((run / "checkpoints").glob("step-*.pt")), weights_only=True)
+
+
+def stop_at(run, photos, step, with_signal, **options):
+    process = start(run, photos, **options)
     for line in process.stdout:
-        if line.strip() == str(step):
+        if line.startswith(f"step {step},"):
             os.kill(process.pid, with_signal)
             break
-    rest = process.stdout.read()
-    return process.wait(), rest
+    _, errors = process.communicate()
+    return process.returncode, errors
 
 
-def test_kill_9_and_go_on(photos, uninterrupted, tmp_path):
-    run = tmp_path / "killed"
-    for step in (3, 17, 30):
-        status, _ = stop_at(run, photos, step, signal.SIGKILL)
+@pytest.mark.parametrize("stage", [1, 2])
+def test_kill_9_and_go_on(photos, uninterrupted, tmp_path, stage):
+    straight, run, config = uninterrupted, tmp_path / "killed", SHORT
+    if stage == 2:
+        straight, config = tmp_path / "straight", SHORT.replace(n_steps=15, **CRITIC)
+        finish(straight, photos, config)
+    for step in (3, 17, 30) if stage == 1 else (6,):
+        status, _ = stop_at(run, photos, step, signal.SIGKILL, config=config)
         assert status == -signal.SIGKILL
-        torch.load(run / "checkpoint.pt", weights_only=True)  # whole, at whatever moment
+        newest(run)  # whole, at whatever moment
         with open(run / "metrics.jsonl", "a") as f: f.write('{"step": 31, "lo')  # a line that was being written
-    subprocess.run([sys.executable, "-c", PROGRAM, run, photos], check=True, capture_output=True)
-    assert losses(run) == losses(uninterrupted) and len(losses(run)) == SHORT.n_steps
+        (run / "checkpoints" / ".step-1.pt.tmp").write_bytes(b"half a checkpoint")
+    finish(run, photos, config)
+    assert losses(run) == losses(straight) and len(losses(run)) == config.n_steps
     for name in ("config.json", "weights.safetensors", "tables.safetensors"):
-        assert (run / "model" / name).read_bytes() == (uninterrupted / "model" / name).read_bytes()
+        assert (run / "model" / name).read_bytes() == (straight / "model" / name).read_bytes()
+    kept = sorted(p.name for p in (run / "checkpoints").iterdir())
+    assert kept == [f"step-{n:09d}.pt" for n in (config.n_steps - 1, config.n_steps)]
 
 
 @pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop(photos, uninterrupted, tmp_path, asked):
-    run = tmp_path / "asked"
+    run, rarely = tmp_path / "asked", SHORT.replace(checkpoint_minutes=60.0)
     begun = time.monotonic()
-    status, printed = stop_at(run, photos, 10, asked)
-    assert status == 130 and "goes on from there" in printed and time.monotonic() - begun < 60
-    step = torch.load(run / "checkpoint.pt", weights_only=True)["step"]
-    assert 10 <= step < SHORT.n_steps and len(losses(run)) == step
-    subprocess.run([sys.executable, "-c", PROGRAM, run, photos], check=True, capture_output=True)
+    status, errors = stop_at(run, photos, 10, asked, config=rarely)
+    assert status == 130 and "goes on from there" in errors and time.monotonic() - begun < 60
+    assert 10 <= newest(run)["step"] < SHORT.n_steps
+    finish(run, photos, rarely)
     assert losses(run) == losses(uninterrupted)
 
 
 def test_a_finished_run_is_left_alone(photos, uninterrupted):
     before = (uninterrupted / "metrics.jsonl").read_bytes()
-    records = []
-    folder = train(uninterrupted, photos, TINY, OBJECTIVE, SHORT, on_record=records.append)
-    assert folder == uninterrupted / "model" and records == [] and (uninterrupted / "metrics.jsonl").read_bytes() == before
+    made = []
+    folder = train(uninterrupted, photos, TINY, OBJECTIVE, SHORT, on_record=made.append)
+    assert folder == uninterrupted / "model" and made == [] and (uninterrupted / "metrics.jsonl").read_bytes() == before
 
 
-def test_it_learns(uninterrupted):
+def test_it_learns_and_leaves_a_report(uninterrupted):
     values = losses(uninterrupted)
     assert sum(values[-5:]) < 0.8 * sum(values[2:7])
+    about = json.loads((uninterrupted / "run.json").read_text())
+    assert about["versions"]["torch"] == torch.__version__ and about["finished"] == 40
+    assert about["memory"]["total"] > about["memory"]["photos"] == 2.0
+    assert sorted(p.name for p in (uninterrupted / "samples").iterdir()) == ["step-000000020.jpg", "step-000000040.jpg"]
+    assert "held_back" in records(uninterrupted)[19] and 0 <= records(uninterrupted)[5]["waiting"] <= 1
+
+
+def test_tensorboard_shows_curves_and_pictures(uninterrupted):
+    pytest.importorskip("tensorboard", reason="pip install tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(uninterrupted / "tensorboard"))
+    events.Reload()
+    shown = events.Scalars("loss")
+    assert [e.step for e in shown] == list(range(1, 41))
+    assert np.allclose([e.value for e in shown], losses(uninterrupted), rtol=1e-5)
+    assert len(events.Images("original and reconstruction")) == 2 and "held_back/psnr" in events.Tags()["scalars"]
 
 
 def test_other_settings_are_refused(photos, uninterrupted):
     for changed in (dict(objective=Objective.for_regime("low", perceptual="none")), dict(train_config=SHORT.replace(seed=1)),
-                    dict(model_config=TINY.replace(latent_channels=17))):
+                    dict(model_config=TINY.replace(latent_channels=17)), dict(warm_start=uninterrupted)):
         arguments = dict(model_config=TINY, objective=OBJECTIVE, train_config=SHORT) | changed
         with pytest.raises(TrainingError, match="other settings"):
             train(uninterrupted, photos, **arguments)
 
 
+def test_a_second_run_in_the_folder_is_kept_out(photos, tmp_path):
+    run = tmp_path / "run"
+    first = start(run, photos, SHORT.replace(n_steps=4000))
+    try:
+        first.stdout.readline()  # it has begun
+        with pytest.raises(TrainingError, match="Another process"):
+            train(run, photos, TINY, OBJECTIVE, SHORT.replace(n_steps=4000), device="cpu")
+    finally:
+        first.kill()
+        first.communicate()
+
+
 def test_warm_start_begins_where_the_other_ended(photos, uninterrupted, tmp_path):
     few = SHORT.replace(n_steps=3, learning_rate=1e-6)
     warm, cold = [], []
-    train(tmp_path / "warm", photos, TINY, OBJECTIVE, few, warm_start=uninterrupted / "model", on_record=warm.append)
+    train(tmp_path / "warm", photos, TINY, OBJECTIVE, few, warm_start=uninterrupted, on_record=warm.append)
     train(tmp_path / "cold", photos, TINY, OBJECTIVE, few, on_record=cold.append)
     assert warm[0]["mse"] < 0.7 * cold[0]["mse"]
+    report = json.loads((tmp_path / "warm" / "run.json").read_text())["warm_start_report"]
+    assert report["not_loaded"] == report["left_over"] == [] and len(report["loaded"]) == len(Model(TINY).state_dict())
 
 
-def test_a_loss_that_is_no_number_stops_the_run(photos, tmp_path):
-    run = tmp_path / "wild"
-    with pytest.raises(TrainingError, match="learning rate"):
-        train(run, photos, TINY, OBJECTIVE, SHORT.replace(learning_rate=0.99, n_steps=4000, log_every=500))
-    checkpoint = run / "checkpoint.pt"
-    if checkpoint.exists(): assert all(t.isfinite().all() for t in torch.load(checkpoint, weights_only=True)["model"].values())
+def test_stage_2_on_a_frozen_encoder_reads_the_files_of_stage_1(photos, uninterrupted, tmp_path):
+    from hific_nb.codec import Codec
+
+    config = SHORT.replace(n_steps=8, train_encoder=False, **CRITIC)
+    train(tmp_path / "gan", photos, TINY, OBJECTIVE, config, warm_start=uninterrupted)
+    before, after = (load_model(run / "model") for run in (uninterrupted, tmp_path / "gan"))
+    same = [torch.equal(parameters_to_vector(getattr(before, part).parameters()), parameters_to_vector(getattr(after, part).parameters()))
+            for part in ("Encoder", "Hyperprior", "Generator")]
+    assert same == [True, True, False]
+    assert {"D_real", "D_fake", "D_accuracy", "adversarial", "discriminator"} <= records(tmp_path / "gan")[0].keys()
+    photo = sample_photo("coffee").crop((0, 0, 96, 80))
+    latents = [Codec(m, device="cpu", dtype=torch.float32).encode_latents(photo) for m in (before, after)]
+    assert np.array_equal(latents[0].symbols, latents[1].symbols)
+
+
+def test_steps_that_are_no_numbers_are_skipped_then_stop_the_run(photos, tmp_path, monkeypatch):
+    objective = OBJECTIVE.replace(k_M=1e38)  # infinite gradients from some errors on
+    with pytest.raises(TrainingError, match="10 steps one after the other.*learning rate"):
+        train(tmp_path / "wild", photos, TINY, objective, SHORT.replace(n_steps=100))
+    assert len(records(tmp_path / "wild")) <= 100
+    assert all(t.isfinite().all() for t in newest(tmp_path / "wild")["model"].values())
+
+    torch.manual_seed(0)
+    trainer, crops = Trainer(Model(TINY), OBJECTIVE, SHORT), PhotoCrops(photos, crop_size=64, batch_size=2)
+    true_loss = trainer._loss
+    bad = {3, 4, 9}
+    monkeypatch.setattr(trainer, "_loss", lambda x: tuple(v * float("nan") if torch.is_tensor(v) and trainer.step in bad else v
+                                                          for v in true_loss(x)))
+    before = None
+    for step in range(12):
+        if step in bad: before = parameters_to_vector(trainer.model.parameters()).clone()
+        trainer(crops.batch(step))
+        if step in bad: assert torch.equal(before, parameters_to_vector(trainer.model.parameters()))
+    assert trainer.skipped == 3 and trainer.step == 12
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(photos, tmp_path, monkeypatch):
+    """A file system of 1 MB that a training fills; where that may not be mounted, a failing fsync."""
+    run = tmp_path / "run"
+    train(run, photos, TINY, OBJECTIVE, SHORT.replace(n_steps=5))
+    last = max((run / "checkpoints").glob("*.pt"))
+    before = last.read_bytes()
+    shutil.rmtree(run / "model")
+    about = json.loads((run / "run.json").read_text())
+    about["train"]["n_steps"], about["finished"] = 9, None
+    (run / "run.json").write_text(json.dumps(about))
+
+    def full(*_): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(HificError, match="No space left"):
+        train(run, photos, TINY, OBJECTIVE, SHORT.replace(n_steps=9))
+    assert last.read_bytes() == before and [p.name for p in (run / "checkpoints").iterdir() if p.suffix == ".tmp"] == []
+    monkeypatch.undo()
+    train(run, photos, TINY, OBJECTIVE, SHORT.replace(n_steps=9))
+    assert len(records(run)) == 9
+
+
+def test_a_damaged_checkpoint_falls_back_on_the_one_before(photos, uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    stop_at(run, photos, 20, signal.SIGKILL)
+    newest_path = max((run / "checkpoints").glob("step-*.pt"))
+    newest_path.write_bytes(newest_path.read_bytes()[:3000])
+    with pytest.warns(UserWarning, match="one before"): train(run, photos, TINY, OBJECTIVE, SHORT, device="cpu")
+    assert len(losses(run)) == SHORT.n_steps
+    assert np.allclose(losses(run), losses(uninterrupted), rtol=1e-3)  # this process may have other threads
+
+
+def test_memory_is_estimated_before_it_is_taken(photos, tmp_path, monkeypatch):
+    trainer = Trainer(Model(TINY), OBJECTIVE, SHORT)
+    need = step_memory(trainer)
+    weights = sum(p.numel() for p in trainer.model.parameters()) * 4
+    assert need["fixed"] >= 5 * weights  # weights, gradients, two moments, averaged weights
+    with pytest.raises(TrainingError, match="batch_size.*latent_channels.*hyperprior_channels.*crop_size"):
+        check_memory(trainer, 0.0, need["fixed"] + need["per_image"])
+    check_memory(trainer, 0.0, need["fixed"] + 2 * need["per_image"])
+    monkeypatch.setattr("hific_nb.training.memory_limit", lambda device: 10 ** 6)
+    with pytest.raises(TrainingError, match="GB are free"):
+        train(tmp_path / "run", photos, TINY, OBJECTIVE, SHORT)
 
 
 def test_broken_photos_cost_one_warning(photos, tmp_path):
@@ -129,11 +253,71 @@ def test_broken_photos_cost_one_warning(photos, tmp_path):
 
 
 def test_a_folder_without_photos(tmp_path):
-    from hific_nb.config import HificError
-
     (tmp_path / "empty").mkdir()
     with pytest.raises(HificError, match="no images"):
         train(tmp_path / "run", tmp_path / "empty", TINY, OBJECTIVE, SHORT)
+
+
+GRADIENTS = """
+import sys, torch, hific_nb.hyperprior
+from hific_nb.config import ModelConfig, Objective, TrainConfig
+from hific_nb.data import PhotoCrops
+from hific_nb.model import Model
+from hific_nb.training import Team, Trainer
+torch.set_num_threads(1)
+hific_nb.hyperprior.add_uniform_noise = lambda x: x  # drawn for each part of a batch, else
+photos, out, configs = sys.argv[1], sys.argv[2], eval(sys.argv[3])
+torch.manual_seed(0)
+team = Team("cpu")
+config = TrainConfig.from_dict(configs[1])
+trainer = Trainer(Model(ModelConfig.from_dict(configs[0])), Objective.from_dict(configs[2]), config, team)
+batch = PhotoCrops(photos, crop_size=64, batch_size=4).batch(0)
+record = trainer.gradients(batch[team.rank :: team.world])
+both = [*trainer.weights, *trainer.critics]
+torch.save(dict(gradient=torch.cat([p.grad.flatten() for p in both]), lmbda=record["lmbda"]), f"{out}-{team.rank}.pt")
+"""
+
+
+def test_two_processes_have_the_gradient_of_one(photos, tmp_path):
+    """The averaged gradient of both networks, and one lambda though one half of the batch is below the target."""
+    (tmp_path / "gradients.py").write_text(GRADIENTS)
+    torch.manual_seed(0)
+    batch, model = PhotoCrops(photos, crop_size=64, batch_size=4).batch(0), Model(TINY)
+    with torch.no_grad(): rates = model(batch.float() / 255)["bpp_quantized"]
+    halves = rates[0::2].mean().item(), rates[1::2].mean().item()
+    target = (max(halves) + rates.mean().item()) / 2  # one half above, the whole batch below
+    objective = OBJECTIVE.replace(target_bpp=target, rate_warmup=0.0)
+    assert max(halves) > target > rates.mean()
+    settings = str([TINY.to_dict(), SHORT.replace(batch_size=4, **CRITIC).to_dict(), objective.to_dict()])
+    one = [sys.executable, tmp_path / "gradients.py"]
+    two = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+           "--mixed_precision", "no", "--dynamo_backend", "no", tmp_path / "gradients.py"]
+    for name, command in (("one", one), ("two", two)):
+        done = subprocess.run([*command, photos, tmp_path / name, settings], capture_output=True, text=True,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+    alone, *both = (torch.load(tmp_path / f"{name}.pt") for name in ("one-0", "two-0", "two-1"))
+    assert alone["lmbda"] == both[0]["lmbda"] == both[1]["lmbda"] == 2 ** -4
+    assert torch.equal(both[0]["gradient"], both[1]["gradient"])
+    assert torch.allclose(alone["gradient"], both[0]["gradient"], rtol=1e-3, atol=1e-4 * alone["gradient"].abs().max().item())
+
+
+def test_two_processes_resume_where_they_were_stopped(photos, tmp_path):
+    run, config = tmp_path / "pair", SHORT.replace(n_steps=12, accumulate=1, checkpoint_minutes=60.0)
+
+    class Enough(Exception): pass
+
+    def watch(record):
+        if record["step"] >= 4: raise Enough
+    with pytest.raises(Enough): train(run, photos, TINY, OBJECTIVE, config, processes=2, device="cpu", on_record=watch)
+    stopped = newest(run)["step"]
+    assert 4 <= stopped < 12
+    seen = []
+    train(run, photos, TINY, OBJECTIVE, config, processes=2, device="cpu", on_record=seen.append)
+    assert [r["step"] for r in seen] == list(range(stopped + 1, 13)) and len(records(run)) == 12
+    straight = tmp_path / "straight"
+    train(straight, photos, TINY, OBJECTIVE, config, processes=2, device="cpu")
+    assert np.allclose(losses(run), losses(straight), rtol=1e-4)
 
 
 def test_the_shipped_models_photos_are_held_back_alike(shared):
