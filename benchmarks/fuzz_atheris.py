@@ -34,8 +34,8 @@ MOST = 8192  # bytes of an input
 
 
 def main():
-    codec, files = fuzzing.prepare()
-    mutator, outcomes, began, told = fuzzing.Mutator(codec, files), Counter(), time.perf_counter(), 0
+    codecs, files = fuzzing.prepare()
+    mutator, outcomes, began, told = fuzzing.Mutator(codecs, files), Counter(), time.perf_counter(), 0
 
     def one(data: bytes):
         nonlocal told
@@ -45,7 +45,7 @@ def main():
             line = dict(minutes=minutes, decoded=sum(outcomes.values()), outcomes=dict(sorted(outcomes.items())))
             print(json.dumps(line), file=sys.stderr, flush=True)
         for form in {data, fuzzing.seal(data)}:
-            try: outcomes[fuzzing.examine(codec, form, both=True)] += 1
+            try: outcomes[fuzzing.examine(codecs, form, both=True)] += 1
             except BaseException:
                 print(f"python tests/fuzzing.py --hex <<< {form.hex()}", file=sys.stderr, flush=True)
                 raise

@@ -41,15 +41,57 @@ CRUMB = 1 << 21  # bytes in which the child leaves the input it is at, for the c
 NUMBERS = [0, 1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 128, 129, 255, 256, 257, 300, 1024, 4096, 16383, 16384, 65535, 65536,
            65537, 2 ** 20, 2 ** 21, 2 ** 24, 2 ** 28, 2 ** 31 - 1, 2 ** 31, 2 ** 32 - 1, 2 ** 32, 2 ** 35, 2 ** 63, 2 ** 64]
 SIDES = [1, 2, 15, 16, 17, 31, 32, 33, 48, 64, 65, 100, 128, 129, 200, 255, 256]
+NAMES = [b"iccp", b"exif", b"xmpm", b"zzzz", b"aaaa", b"AAAA", b"Exif", b"ABCD", b"Zkey", b"\0\0\0\0", b"exi ", b"\xffabc"]
 STATES = [0, 1, 2 ** 16 - 1, 2 ** 16, 2 ** 16 + 1, 2 ** 31 - 1, 2 ** 31, 2 ** 32 - 1]
 EXTREMES = [-2 ** 31, -2 ** 31 + 1, 2 ** 31 - 1, -1024, -1023, 1023, 1024, 2 ** 24, -2 ** 24, 0, 1, -1]
 CHUNKS = [b"IHDR", b"PLTE", b"tRNS", b"gAMA", b"cHRM", b"sRGB", b"iCCP", b"pHYs", b"eXIf", b"acTL", b"fcTL", b"fdAT", b"tEXt",
           b"zTXt", b"iTXt", b"bKGD", b"sBIT", b"tIME", b"hIST", b"IEND", b"IDAT", b"abcd", b"ABCD", b"\0\0\0\0", b"cICP"]
 
 
-def seal(data: bytes) -> bytes:
-    "The bytes with a checksum that fits in place of the last four."
-    return data[:-4] + zlib.crc32(data[:-4]).to_bytes(4, "little")
+def first_section(data: bytes) -> tuple[int, int]:
+    "Where a file's size ends, and where its first section does as its size has it, never beyond the file."
+    at = 4
+    while at < len(data) and data[at] > 127: at += 1
+    size = sum((byte & 127) << 7 * k for k, byte in enumerate(data[4:at + 1][:9]))
+    return min(at + 1, len(data)), min(at + 1 + size, len(data))
+
+
+def seal(data: bytes, resize: bool = False) -> bytes:
+    """The bytes with checksums that fit, where there is room for them: of the tiles that the index names, and of the first section.
+
+    resize: the size, too, is made to fit; the first section takes up all of the file that the index does not give to tiles.
+    """
+    from hific_nb.hfc import HfcError, layout, pack_varint
+
+    def fields():
+        try: return layout(data)
+        except HfcError: return []
+    if resize:
+        start, _ = first_section(data)
+        tiles = sum(f.value for f in fields() if f.name.startswith("tile ") and f.name.endswith("bytes"))
+        data = data[:4] + pack_varint(max(len(data) - start - tiles, 0)) + data[start:]
+    found, out = fields(), bytearray(data)
+    parts = {f.name: data[f.start:f.end] for f in found}
+    for f in found:
+        if f.name.startswith("tile ") and f.name.endswith(" checksum"):
+            tile = f.name.removesuffix(" checksum")
+            out[f.start:f.end] = zlib.crc32(parts[tile] + parts.get(f"{tile} alpha", b"")).to_bytes(4, "little")
+    start, end = first_section(data)
+    if end - 4 >= start: out[end - 4:end] = zlib.crc32(out[:end - 4]).to_bytes(4, "little")
+    return bytes(out)
+
+
+def sealed(data: bytes) -> bool:
+    start, end = first_section(data)
+    return end - 4 >= start and zlib.crc32(data[:end - 4]) == int.from_bytes(data[end - 4:end], "little")
+
+
+class Codecs:
+    "The codecs of two models; a file goes to the one it names."
+
+    def __init__(self, one_rate, leveled): self.one_rate, self.leveled = one_rate, leveled
+
+    def of(self, data: bytes): return self.leveled if self.leveled.fingerprint in data[:20] else self.one_rate
 
 
 def damage(rng: random.Random, data: bytes, others: list[bytes]) -> bytes:
@@ -76,23 +118,24 @@ def damage(rng: random.Random, data: bytes, others: list[bytes]) -> bytes:
 
 
 class Mutator:
-    "Inputs from seeds: mutations of files that `codec` wrote; those of odd seeds get a checksum that fits."
+    "Inputs from seeds: mutations of files that `codecs` wrote; those of odd seeds get checksums that fit."
 
-    def __init__(self, codec, files: dict[str, bytes]):
+    def __init__(self, codecs: Codecs, files: dict[str, bytes]):
         from hific_nb.hfc import layout, unpack
 
-        self.codec, self.files = codec, list(files.values())
+        self.codecs, self.files = codecs, list(files.values())
         self.fields = [{f.name: data[f.start:f.end] for f in layout(data)} for data in self.files]
-        self.payloads = [f["payload"] for f in self.fields]
-        self.unpack, self.bomb = unpack, zlib.compress(bytes(1 << 24), 9)
+        self.contents = [unpack(data) for data in self.files]
+        self.payloads = [stream for file in self.contents for stream in (file.payload, *(tile.payload for tile in file.tiles))]
+        self.bomb = zlib.compress(bytes(1 << 24), 9)
         self.kinds = [self.of_bytes, self.of_header, self.of_stream, self.of_symbols, self.of_alpha]
-        self.latents = [codec.decode_latents(data) for data in self.files]
+        self.latents = [codecs.of(data).decode_latents(data) for data in self.files]
 
     def __call__(self, seed: int) -> bytes:
         rng = random.Random(seed)
-        kind, which = rng.choices(self.kinds, [3, 3, 6, 2, 2])[0], rng.randrange(len(self.files))
+        kind, which = rng.choices(self.kinds, [3, 4, 6, 2, 2])[0], rng.randrange(len(self.files))
         data = kind(rng, which)
-        return seal(data) if seed % 2 and len(data) >= 4 else data
+        return seal(data, kind == self.of_bytes and rng.random() < 0.7) if seed % 2 else data
 
     def of_bytes(self, rng, which) -> bytes:
         data = self.files[which]
@@ -112,37 +155,83 @@ class Mutator:
     def of_header(self, rng, which) -> bytes:
         from hific_nb.hfc import pack_varint
 
-        fields = dict(self.fields[which])
+        fields, near = dict(self.fields[which]), self.contents[which].width
+
+        def put(name, value, flag, after):
+            "A field, at its place if it was not there, with or (seldom) without its flag."
+            nonlocal fields
+            if name not in fields:
+                names = list(fields)
+                at = names.index(next(n for n in after if n in fields)) + 1
+                fields = {n: fields.get(n, value) for n in (*names[:at], name, *names[at:])}
+            fields[name] = value
+            if rng.random() < 0.9: fields["flags"] = bytes([fields["flags"][0] | flag])
         for _ in range(rng.choice([1, 1, 2, 3])):
-            name = rng.choice(["version", "fingerprint", "coder", "flags", "sides", "sides", "sides", "width", "height",
-                               "payload bytes", "alpha bytes"])
+            name = rng.choice(["version", "fingerprint", "coder", "flags", "sides", "sides", "sides", "width", "height", "level",
+                               "level", "tile", "tile", "alpha bytes", "streams", "stream", "index", "index", "size"])
             if name in ("version", "coder"): fields[name] = bytes([rng.choice([0, 1, 2, 3, 127, 128, 255, rng.randrange(256)])])
-            elif name == "flags": fields[name] = bytes([rng.choice([0, 1, 2, 3, 4, 128, 255])])
+            elif name == "flags":
+                fields[name] = bytes([rng.choice([fields[name][0] ^ 1 << rng.randrange(8), rng.randrange(256)])])
             elif name == "fingerprint":
-                fields[name] = rng.choice([bytes(8), rng.randbytes(8), damage(rng, fields[name], self.payloads)])
+                models = self.codecs.one_rate.fingerprint, self.codecs.leveled.fingerprint
+                fields[name] = rng.choice([bytes(8), rng.randbytes(8), *models, *models, damage(rng, fields[name], self.payloads)])
             elif name == "sides":  # such as the reader takes: the coder meets symbols that were meant for another shape
                 fields["width"], fields["height"] = (pack_varint(rng.choice(SIDES)) for _ in range(2))
+            elif name == "level":
+                few = pack_varint(rng.randrange(12)), pack_varint(rng.choice([9, 100, 127, 128]))
+                put(name, rng.choice([*few, self.number(rng)]), 1, ["height"])
+            elif name == "tile":
+                put(name, rng.choice([pack_varint(rng.randrange(5)), self.number(rng, 65535)]), 2, ["level", "height"])
             elif name == "alpha bytes":
-                fields[name] = self.number(rng, len(fields["alpha"]))
-                if rng.random() < 0.5: fields["flags"] = b"\x01"
-            else: fields[name] = self.number(rng, self.unpack(self.files[which]).width)
-        if "alpha bytes" in fields:
-            fields = {name: fields[name] for name in (
-                "magic", "version", "fingerprint", "coder", "flags", "width", "height", "payload bytes", "alpha bytes", "payload",
-                "alpha", "checksum")}
+                put(name, self.number(rng, len(fields.get("alpha", b""))), 16, ["tile", "level", "height"])
+            elif name == "streams":
+                few = pack_varint(rng.randrange(4))
+                put(name, rng.choice([few, self.number(rng)]), 4, ["alpha bytes", "tile", "level", "height"])
+            elif name == "stream" and "stream 0 name" in fields:
+                named = rng.choice([n for n in fields if n.startswith("stream ") and n.endswith((" name", " bytes"))])
+                fields[named] = self.number(rng, 10) if named.endswith("bytes") else rng.choice([*NAMES, rng.randbytes(4)])
+            elif name == "stream":
+                put("streams", b"\1", 4, ["alpha bytes", "tile", "level", "height"])
+                put("stream 0 name", rng.choice([*NAMES, rng.randbytes(4)]), 4, ["streams"])
+                put("stream 0 bytes", pack_varint(3), 4, ["stream 0 name"])
+                put("stream 0", rng.randbytes(rng.choice([3, 3, 3, 2, 4])), 4, ["stream 0 bytes"])
+            elif name == "index" and "tile 0 bytes" in fields:
+                named = rng.choice([n for n in fields if n.startswith("tile ") and n.endswith(("bytes", "checksum"))])
+                fields[named] = rng.randbytes(4) if named.endswith("checksum") else self.number(
+                    rng, len(fields[named.replace(" alpha bytes", "").replace(" bytes", "")]))
+            elif name == "size": fields["size"] = self.number(rng, sum(map(len, fields.values())))
+            elif name in ("width", "height"): fields[name] = self.number(rng, near)
+        if fields["size"] == self.fields[which]["size"]:  # it is made to fit, most of the time
+            names = list(fields)
+            inside = names[names.index("size") + 1:names.index("checksum") + 1]
+            fields["size"] = pack_varint(sum(len(fields[n]) for n in inside) + (rng.random() < 0.05))
         return b"".join(fields.values())
 
     def file(self, which: int, rng, **changes) -> bytes:
-        "A file with other content and lengths that fit; sides, coder and alpha are those of a specimen unless given."
+        "A file with other content and lengths that fit; what is not given is as in a specimen. Its checksum does not fit."
         from dataclasses import replace
 
         from hific_nb.hfc import pack
 
-        data = pack(replace(self.unpack(self.files[which]), **changes))
-        return data[:-4] + rng.randbytes(4)
+        data = pack(replace(self.contents[which], **changes))
+        end = first_section(data)[1]
+        return data[:end - 4] + rng.randbytes(4) + data[end:]
+
+    def in_place(self, which: int, rng, change) -> bytes:
+        "The file whose payload, or whose stream of one of the tiles, is `change` of what it was."
+        from hific_nb.hfc import Tile
+
+        file = self.contents[which]
+        k = rng.randrange(-1, len(file.tiles))
+        if k < 0: return self.file(which, rng, payload=change(file.payload, 0))
+        tiles = list(file.tiles)
+        tiles[k] = Tile(change(tiles[k].payload, k + 1), tiles[k].alpha)
+        return self.file(which, rng, tiles=tuple(tiles))
 
     def of_stream(self, rng, which) -> bytes:
-        payload = self.payloads[which]
+        return self.in_place(which, rng, lambda payload, k: self.broken(rng, payload))
+
+    def broken(self, rng, payload: bytes) -> bytes:
         for _ in range(rng.choice([1, 1, 2, 4])):
             kind = rng.randrange(7)
             lanes = payload[0] if payload else 0
@@ -162,7 +251,7 @@ class Mutator:
                 payload = bytes([lanes]) + rng.randbytes(4 * lanes + 2 * rng.choice([0, 1, 10, 400]))
             elif kind == 5: payload = rng.choice([b"", b"\x01", payload + bytes(2), rng.choice(self.payloads)])
             else: payload = damage(rng, payload, self.payloads)
-        return self.file(which, rng, payload=payload)
+        return payload
 
     def of_symbols(self, rng, which) -> bytes:
         "A right stream of symbols that no encoder chooses, or of another number of them."
@@ -170,26 +259,42 @@ class Mutator:
         from hific_nb.coders import get_coder
         from hific_nb.rans import rans_encode
 
-        latents, coder, parts = self.latents[which], self.unpack(self.files[which]).coder, []
-        for symbols, indexes, tables in tiny.coding_parts(self.codec, latents):
-            symbols, n = symbols.copy(), len(symbols)
-            for _ in range(rng.choice([0, 1, 3, 30])): symbols[rng.randrange(n)] = rng.choice(EXTREMES)
-            if rng.random() < 0.2: symbols[:] = rng.choice(EXTREMES)
-            if rng.random() < 0.1: indexes = (indexes + rng.randrange(1, tables.rows)) % tables.rows
-            keep = rng.choice([n, n, n, n, n - 1, n // 2, 0])
-            parts.append((symbols[:keep], indexes[:keep], tables))
-        if rng.random() < 0.1: parts.reverse()
-        if rng.random() < 0.1: parts.append(parts[0])
-        lanes = rng.choice([None, 1, 2, 3, 4, 4, 5, 255])
-        return self.file(which, rng, payload=rans_encode(parts, lanes) if coder == 1 else get_coder(coder).encode(parts))
+        file, latents = self.contents[which], self.latents[which]
+        codec = self.codecs.of(self.files[which])
+        streams = [tiny.coding_parts(codec, latents)] if file.tile is None else tiny.tile_parts(codec, latents, file)
+
+        def other(_, k):
+            parts = []
+            for symbols, indexes, tables in streams[k]:
+                symbols, n = symbols.copy(), len(symbols)
+                for _ in range(rng.choice([0, 1, 3, 30])): symbols[rng.randrange(n)] = rng.choice(EXTREMES)
+                if rng.random() < 0.2: symbols[:] = rng.choice(EXTREMES)
+                if rng.random() < 0.1: indexes = (indexes + rng.randrange(1, tables.rows)) % tables.rows
+                keep = rng.choice([n, n, n, n, n - 1, n // 2, 0])
+                parts.append((symbols[:keep], indexes[:keep], tables))
+            if rng.random() < 0.1: parts.reverse()
+            if rng.random() < 0.1: parts.append(parts[0])
+            lanes = rng.choice([None, 1, 2, 3, 4, 4, 5, 255])
+            return rans_encode(parts, lanes) if file.coder == 1 else get_coder(file.coder).encode(parts)
+        return self.in_place(which, rng, other)
 
     def of_alpha(self, rng, which) -> bytes:
         "An alpha stream with every kind of damage that keeps it a PNG, and some that do not."
         import tiny
 
-        w, h = self.latents[which].width, self.latents[which].height
-        if rng.random() < 0.1:
-            return self.file(which, rng, alpha=rng.choice([b"", b"\x89PNG", rng.randbytes(50), self.strange(rng)]))
+        from hific_nb.hfc import Tile
+
+        file = self.contents[which]
+        k = rng.randrange(len(file.tiles)) if file.tiles else None
+        left, top, right, bottom = (0, 0, file.width, file.height) if k is None else file.tile_box(k)
+        w, h = right - left, bottom - top
+
+        def put(alpha):
+            if k is None: return self.file(which, rng, alpha=alpha)
+            tiles = list(file.tiles)
+            tiles[k] = Tile(tiles[k].payload, alpha)
+            return self.file(which, rng, alpha=b"", tiles=tuple(tiles))
+        if rng.random() < 0.1: return put(rng.choice([b"", b"\x89PNG", rng.randbytes(50), self.strange(rng)]))
         header = struct.pack(">IIBBBBB", w, h, 8, 0, 0, 0, 0)
         chunks = [[b"IHDR", header], [b"IDAT", zlib.compress(b"".join(b"\0" + bytes([y & 255]) * w for y in range(h)), 1)],
                   [b"IEND", b""]]
@@ -220,7 +325,7 @@ class Mutator:
             out += struct.pack(">I", size) + name + content + struct.pack(">I", crc)
         alpha = bytes(out)
         if rng.random() < 0.15: alpha = damage(rng, alpha, [tiny.png(tiny.glass(9, 9))])
-        return self.file(which, rng, alpha=alpha)
+        return put(alpha)
 
     def strange(self, rng) -> bytes:
         "A picture, but no grey PNG."
@@ -235,8 +340,9 @@ class Mutator:
 
 # ----------------------------------------------------------------------------------------------------- one input
 
-REASONS = ["ends within its header", "ends after", "is empty", "no .hfc file", "checksum does not fit", "format version",
-           "out of range", "contradicts itself", "more than max_pixels", "was written with", "no coder", "alpha channel",
+REASONS = ["ends within its header", "ends after", "goes on after its end", "is empty", "no .hfc file", "checksum does not fit",
+           "checksum of tile", "format version", "out of range", "contradicts itself", "more than max_pixels", "without its stream",
+           "was written with", "rate level", "no coder", "alpha channel",
            "cut or damaged at its", "impossible state", "no symbols where", "ends too early", "no encoder writes",
            "does not end where"]
 
@@ -249,15 +355,34 @@ def attempt(codec, data: bytes):
     except HfcError as error: return error
 
 
+def container(data: bytes):
+    "Every field of a file that is one, else None."
+    from hific_nb.hfc import HfcError, unpack
+
+    try: f = unpack(data)
+    except HfcError: return None
+    return (f.width, f.height, f.fingerprint, f.coder, f.level, f.tile, f.alpha, f.payload, sorted(f.streams.items()),
+            [(tile.payload, tile.alpha) for tile in f.tiles])
+
+
+def independent(data: bytes):
+    import hfc_reader
+
+    try: f = hfc_reader.read(data)
+    except hfc_reader.Refused: return None
+    return (f.width, f.height, f.fingerprint, f.coder, f.level, f.tile, f.alpha, f.payload, f.streams, f.tiles)
+
+
 def same(a, b) -> bool:
     if isinstance(a, Exception) or isinstance(b, Exception): return type(a) is type(b) and str(a) == str(b)
     return (a.symbols == b.symbols).all() and (a.hyperlatents == b.hyperlatents).all()
 
 
-def examine(codec, data: bytes, both: bool = False, path: Path | None = None) -> str:
+def examine(codecs: Codecs, data: bytes, both: bool = False, path: Path | None = None) -> str:
     """What became of an input, in a word; raises where it is not all right.
 
-    both: decode by the plain path, too, and compare. path: write it there and read it from the disk, too.
+    both: decode by the plain path, too, and read the container with the reader that was written from the specification, and
+    compare. path: write it there and read it from the disk, too.
     """
     import numpy as np
     import tiny
@@ -267,8 +392,10 @@ def examine(codec, data: bytes, both: bool = False, path: Path | None = None) ->
     from hific_nb.hfc import layout, unpack
     from hific_nb.rans import rans_encode
 
+    codec = codecs.of(data)
     got = attempt(codec, data)
     if both:
+        assert container(data) == independent(data), "the specification has it otherwise"
         plain = lambda name: get_coder("rans-numpy" if name == 1 else name)
         with mock.patch("hific_nb.codec.get_coder", plain):
             assert same(attempt(codec, data), got), "the plain path decodes otherwise"
@@ -291,10 +418,13 @@ def examine(codec, data: bytes, both: bool = False, path: Path | None = None) ->
         assert isinstance(array, np.ndarray) and array.dtype == np.int32 and array.shape == shape, "another shape"
     assert got.indexes.shape == got.symbols.shape and got.y_hat.shape == (1, *got.symbols.shape), "another shape"
     assert got.y_hat.dtype == torch.float32, "another type"
-    assert (got.alpha is None) == (claimed["flags"] == 0) and (got.alpha is None or (got.alpha.size, got.alpha.mode) == (
+    assert (got.alpha is None) == (claimed["flags"] & 24 == 0) and (got.alpha is None or (got.alpha.size, got.alpha.mode) == (
         (W, H), "L")), "another alpha channel"
+    assert got.level == file.level == claimed.get("level") and got.streams == file.streams, "another level, or other streams"
     if claimed["coder"] == 1:
-        assert rans_encode(tiny.coding_parts(codec, got), file.payload[0]) == file.payload, "the symbols code to other bytes"
+        parts = [tiny.coding_parts(codec, got)] if file.tile is None else tiny.tile_parts(codec, got, file)
+        for part, stream in zip(parts, (file.payload, *(tile.payload for tile in file.tiles)), strict=True):
+            assert rans_encode(part, stream[0]) == stream, "the symbols code to other bytes"
     return "accepted"
 
 
@@ -378,8 +508,8 @@ def available(name: str) -> bool:
     return True
 
 
-def prepare(long: bool = False, others: list[str] | None = None):
-    """A codec, and the specimens that its inputs are made of: files by rANS, or by the `others`.
+def prepare(long: bool = False, others: list[str] | None = None) -> tuple[Codecs, dict[str, bytes]]:
+    """The codecs, and the specimens that its inputs are made of: files by rANS, or by the `others`.
 
     Optional coders that are not under test are forgotten: a file can name them, and the first use of torchac compiles.
     """
@@ -389,10 +519,11 @@ def prepare(long: bool = False, others: list[str] | None = None):
     from hific_nb import coders
 
     torch.set_num_threads(1)
-    codec = tiny.tiny_codec(max_pixels=LONG_PIXELS if long else MAX_PIXELS)
+    codec, leveled = (tiny.tiny_codec(levels=levels, max_pixels=LONG_PIXELS if long else MAX_PIXELS) for levels in (False, True))
+    codecs = Codecs(codec, leveled)
     for name in set(coders.list_coders()) - {"rans", "rans-numpy", *(others or ())}: del coders._CODERS[name]
-    if others: return codec, {k: v for name in others for k, v in tiny.specimens_of(codec, coders.get_coder(name)).items()}
-    return codec, {"long": tiny.long_specimen(codec)} if long else tiny.specimens(codec)
+    if others: return codecs, {k: v for name in others for k, v in tiny.specimens_of(codec, coders.get_coder(name)).items()}
+    return codecs, {"long": tiny.long_specimen(codec)} if long else tiny.specimens(codec) | tiny.leveled_specimens(leveled)
 
 
 def check_bounds_checks():
@@ -414,29 +545,29 @@ def child(first: int, last: int, crumb: Path | None, planted: str | None, long: 
     "Runs the inputs of the seeds first ... last - 1 and reports; stops after `most` failures."
     import tiny
 
-    codec, files = prepare(long, coders)
+    codecs, files = prepare(long, coders)
     if os.environ.get("NUMBA_BOUNDSCHECK") == "1": check_bounds_checks()
-    mutate, outcomes, failures = Mutator(codec, files), Counter(), []
+    mutate, outcomes, failures = Mutator(codecs, files), Counter(), []
     warnings.simplefilter("error")
     with tempfile.TemporaryDirectory() as folder:
-        for data in {**tiny.specimens(codec), **files}.values():  # everything is loaded and compiled
-            assert examine(codec, data, True, Path(folder, "a.hfc")) == "accepted"
+        for data in {**tiny.specimens(codecs.one_rate), **files}.values():  # everything is loaded and compiled
+            assert examine(codecs, data, True, Path(folder, "a.hfc")) == "accepted"
         peak = Peak()
         limit_addresses(512 << 20)
         start = peak()
         trail = mmap.mmap(-1, CRUMB) if crumb is None else mmap.mmap(os.open(crumb, os.O_RDWR), CRUMB)
-        began, sealed, longest = time.perf_counter(), 0, 0.0
+        began, fitting, longest = time.perf_counter(), 0, 0.0
         with plant(planted):
             for seed in range(first, last):
                 data = mutate(seed)
                 trail[8:16 + len(data)] = struct.pack("<Q", len(data)) + data
                 trail[:8] = struct.pack("<q", seed + 1)
-                sealed += len(data) >= 4 and seal(data) == data
+                fitting += sealed(data)
                 again, wrong = seed % 8 == 1 and not long, None
                 path, before = Path(folder, "a.hfc") if seed % 17 == 3 else None, peak()
                 for _ in range(2):  # a second time only if the first was slow: others may have held the processor
                     tick = time.perf_counter()
-                    try: outcome = examine(codec, data, again, path)
+                    try: outcome = examine(codecs, data, again, path)
                     except KeyboardInterrupt: raise
                     except BaseException: wrong = traceback.format_exc(limit=-4)
                     took = time.perf_counter() - tick
@@ -452,7 +583,7 @@ def child(first: int, last: int, crumb: Path | None, planted: str | None, long: 
                     start = peak()
                 else: outcomes[outcome] += 1
                 longest = max(longest, took)
-    return dict(inputs=sum(outcomes.values()) + len(failures), sealed=sealed, seconds=time.perf_counter() - began,
+    return dict(inputs=sum(outcomes.values()) + len(failures), sealed=fitting, seconds=time.perf_counter() - began,
                 slowest=longest, megabytes=(peak() - start) / 2 ** 20, outcomes=dict(sorted(outcomes.items())), failures=failures)
 
 
@@ -508,8 +639,8 @@ def main():
     options = parser.parse_args()
     faulthandler.enable()
     if options.hex:
-        data, (codec, _) = bytes.fromhex(sys.stdin.read()), prepare(options.long, options.coders)
-        with plant(options.plant): print(examine(codec, data, both=True))
+        data, (codecs, _) = bytes.fromhex(sys.stdin.read()), prepare(options.long, options.coders)
+        with plant(options.plant): print(examine(codecs, data, both=True))
         return
     if len(options.seeds) != 2: parser.error("give the first seed and the one after the last")
     print(json.dumps(child(*options.seeds, options.crumb, options.plant, options.long, options.coders), indent=2))

@@ -5,20 +5,22 @@ import os
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
 import pytest
+import tiny
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from hific_nb import Codec, HfcError
 from hific_nb.codec import MAX_PIXELS, CodecError, file_info
 from hific_nb.coders import CoderUnavailableError, get_coder
 from hific_nb.config import HificError
 from hific_nb.data import ImageError, find_images, image_to_tensor, read_image, sample_photo
-from hific_nb.hfc import (ChecksumError, CorruptError, HfcFile, ModelMismatchError, NotHfcError, TooLargeError, TruncatedError,
-                          pack, unpack)
+from hific_nb.hfc import (ChecksumError, CorruptError, HfcFile, HfcReader, ModelMismatchError, NotHfcError, TooLargeError,
+                          TruncatedError, UnknownStreamError, VersionError, layout, pack, unpack)
 from hific_nb.zoo import list_models
 
 
@@ -116,10 +118,12 @@ def reseal(data, position, value):
 
 
 def test_bad_files(codec, data, tmp_path):
+    at = {f.name: f.start for f in layout(data)}
     for broken, kind in ((b"just a text file, named photo.hfc", NotHfcError), (b"", TruncatedError), (data[:-1], TruncatedError),
                          (data[: len(data) // 2], TruncatedError),
                          (data[:200] + bytes([data[200] ^ 1]) + data[201:], ChecksumError),
-                         (reseal(data, 5, data[5] ^ 1), ModelMismatchError), (reseal(data, 12, 77), CorruptError)):
+                         (reseal(data, at["fingerprint"], data[at["fingerprint"]] ^ 1), ModelMismatchError),
+                         (reseal(data, at["coder"], 77), CorruptError), (reseal(data, 3, 0), VersionError)):
         path = tmp_path / "broken.hfc"
         path.write_bytes(broken)
         for source in (broken, path):
@@ -189,6 +193,188 @@ def test_damaged_alpha(codec, photo, data):
         for alpha in (buffer.getvalue(), buffer.getvalue()[:-20], b"nonsense"):
             with pytest.raises(CorruptError, match="alpha"):
                 codec.decompress(pack(HfcFile(file.width, file.height, file.fingerprint, file.coder, file.payload, alpha)))
+
+
+# ------------------------------------------------------------------------------------------- levels, tiles, streams
+
+
+@pytest.fixture(scope="module")
+def variable():
+    return tiny.tiny_codec(levels=True)
+
+
+def test_levels_go_through_a_file(variable, photo):
+    sizes, seen = [], []
+    for level in range(variable.levels):
+        data = variable.compress(photo, quality=100 * level / (variable.levels - 1))
+        latents = variable.decode_latents(data)
+        assert latents.level == file_info(data)["level"] == unpack(data).level == level
+        sent = variable.encode_latents(photo, quality=100 * level / (variable.levels - 1))
+        assert np.array_equal(latents.symbols, sent.symbols) and torch.equal(latents.y_hat, sent.y_hat)
+        sizes.append(len(data))
+        seen.append(latents.y_hat)
+        assert len(data) <= variable.ideal_bits(sent) / 8 * 1.1 + 40  # its tables are drawn, not fitted
+    assert sizes == sorted(sizes) and sizes[-1] > 2 * sizes[0]
+    finest = seen[-1]
+    errors = [(y - finest).square().mean().item() for y in seen]
+    assert all(a > b for a, b in zip(errors, errors[1:])), "the inverse gains bring every level back to the same latents"
+
+
+def test_what_the_gains_do(variable, photo):
+    "y_hat of a level is (mean + symbols) * inverse gain, and the symbols are those of y * gain."
+    level = 6
+    latents = variable.encode_latents(photo, quality=75)
+    gain, inverse = (torch.from_numpy(g[level].astype(np.float64) / 2**16).float().view(1, -1, 1, 1)
+                     for g in (variable.coding.gains, variable.coding.inverse_gains))
+    with torch.inference_mode():
+        sides = 0, -photo.width % 16, 0, -photo.height % 16
+        x = torch.nn.functional.pad(image_to_tensor(photo)[None] / 255, sides, mode="replicate")
+        y = variable.model.analysis(x) * gain
+        z = torch.from_numpy(latents.hyperlatents)[None].float()
+        mean = variable.model.Hyperprior.synthesis_mu(z)[..., : y.shape[2], : y.shape[3]]
+        assert torch.equal(z, variable.model.Hyperprior.analysis_net(y).round().clamp(-1023, 1023))
+        symbols = torch.from_numpy(latents.symbols)[None].float()
+        assert ((y - mean - symbols).abs() <= 0.5001).all()
+        assert torch.allclose(latents.y_hat, (mean + symbols) * inverse)
+
+
+def test_rates_that_are_asked_for(variable, photo):
+    assert [variable.level_of(q) for q in (0, 49.9, 50, 100, "low", "med", "high", None)] == [0, 4, 4, 8, 1, 4, 7, 4]
+    files = [variable.compress(photo, quality=100 * k / 8) for k in range(9)]
+    sizes, pixels_of = [len(f) for f in files], photo.width * photo.height
+    with mock.patch.object(variable.model, "analysis", wraps=variable.model.analysis) as encoder, \
+            mock.patch.object(variable, "_quantize", wraps=variable._quantize) as passes:
+        for k in range(9):
+            for most in (sizes[k], sizes[k] + 1, sizes[k] - 1 if k else 10 ** 9):
+                data = variable.compress(photo, max_bytes=most)
+                assert data == files[max(i for i in range(9) if sizes[i] <= most)]
+        assert encoder.call_count == 27 and passes.call_count <= 27 * 4
+    for wanted in np.linspace(0.5 * sizes[0], 1.2 * sizes[-1], 25):
+        data = variable.compress(photo, bpp=8 * wanted / pixels_of)
+        assert abs(len(data) - wanted) == min(abs(size - wanted) for size in sizes)
+    tiled = variable.compress(photo, max_bytes=sizes[4], tile=64)
+    assert len(tiled) <= sizes[4] and unpack(tiled).level < 4, "the index counts"
+    glass = photo.copy()
+    glass.putalpha(tiny.glass(*photo.size))
+    extra = len(variable.compress(glass, quality=0)) - sizes[0]
+    assert extra > 100 and len(variable.compress(glass, max_bytes=sizes[3] + extra)) <= sizes[3] + extra
+
+
+@pytest.mark.parametrize("options, said", [
+    (dict(quality=-1), "0 ... 100"), (dict(quality=100.5), "0 ... 100"), (dict(quality=float("nan")), "0 ... 100"),
+    (dict(quality="best"), "low, med, high"), (dict(quality=True), "0 ... 100"), (dict(bpp=0), "above 0"),
+    (dict(bpp="a"), "above 0"),
+    (dict(max_bytes=-3), "above 0"), (dict(max_bytes=40), "smaller"), (dict(quality=3, bpp=1), "one of"), (dict(tile=100), "64"),
+    (dict(tile=-64), "64")])
+def test_rates_that_cannot_be(variable, photo, options, said):
+    with pytest.raises(CodecError, match=said): variable.compress(photo, **options)
+
+
+def test_a_model_of_one_rate_says_so(codec, photo):
+    for options in (dict(quality=50), dict(bpp=0.2), dict(max_bytes=9999)):
+        with pytest.raises(CodecError, match="rate levels"): codec.compress(photo, **options)
+
+
+def test_levels_that_the_model_does_not_have(codec, variable, data, photo):
+    leveled = variable.compress(photo, quality=0)
+    assert variable.decode_latents(leveled).level == 0
+    for bad in (replace(unpack(leveled), level=variable.levels), replace(unpack(leveled), level=None)):
+        with pytest.raises(CorruptError, match="level"): variable.decode_latents(pack(bad))
+    with pytest.raises(CorruptError, match="level"): codec.decode_latents(pack(replace(unpack(data), level=0)))
+
+
+@pytest.mark.parametrize("tile", [64, 128, 192, 256, 1024])
+def test_tiles_change_no_symbol(codec, photo, data, tile):
+    glass = photo.copy()
+    alpha = tiny.glass(*photo.size)
+    alpha.paste(255, (0, 0, tile, photo.height))
+    glass.putalpha(alpha)
+    tiled, whole = codec.compress(glass, tile=tile), codec.compress(glass)
+    a, b = codec.decode_latents(tiled), codec.decode_latents(whole)
+    assert np.array_equal(a.symbols, b.symbols) and np.array_equal(a.hyperlatents, b.hyperlatents)
+    assert np.array_equal(np.asarray(codec.generate(a)), np.asarray(codec.generate(b)))
+    assert np.array_equal(np.asarray(codec.decompress(tiled))[..., 3], np.asarray(alpha))
+    file = unpack(tiled)
+    assert file_info(tiled)["tile"] == tile and file_info(tiled)["tiles"] == len(file.tiles) == -(-257 // tile) * -(-160 // tile)
+    assert all(t.alpha == b"" for k, t in enumerate(file.tiles) if file.tile_box(k)[2] <= tile), "opaque tiles hold no alpha"
+
+
+def test_large_pictures_are_tiled_unless_asked_not_to_be():
+    codec = tiny.tiny_codec(max_pixels=2**23)
+    latents = tiny.draw(codec, 2560, 1728, 3)
+    data = codec.encode(latents)
+    assert file_info(data)["tile"] == 512 and file_info(data)["tiles"] == 20 and unpack(codec.encode(latents, 0)).tile is None
+    assert np.array_equal(codec.decode_latents(data).symbols, latents.symbols)
+    assert unpack(codec.encode(tiny.draw(codec, 2048, 2048, 3))).tile is None
+
+
+def test_a_tile_is_decoded_from_its_own_bytes(codec, photo):
+    "What a reader of regions does, with the count of the bytes it touched."
+    data = codec.compress(photo, tile=64)
+    latents = codec.decode_latents(data)
+    touched = []
+
+    class Watched(io.BytesIO):
+        def read(self, size=-1):
+            piece = super().read(size)
+            touched.append((self.tell() - len(piece), self.tell()))
+            return piece
+
+    reader = HfcReader(Watched(data))
+    head = sum(end - start for start, end in touched)
+    ks = reader.file.tiles_in((70, 70, 120, 130))
+    assert ks == [6, 11] and reader.file.tile_box(6) == (64, 64, 128, 128)
+    for k in ks:
+        part = latents.indexes[:, 4 * (k // 5): 4 * (k // 5) + 4, 4 * (k % 5): 4 * (k % 5) + 4]
+        part = part[:, : 10 - 4 * (k // 5)]
+        decoder = get_coder(reader.file.coder).decoder(reader.tile(k).payload)
+        symbols = decoder.read(part.ravel(), codec.coding.latents).reshape(part.shape)
+        decoder.close()
+        assert np.array_equal(symbols, latents.symbols[:, 4 * (k // 5):, 4 * (k % 5):][:, : part.shape[1], : part.shape[2]])
+    assert sum(end - start for start, end in touched) - head == sum(len(unpack(data).tiles[k].payload) for k in ks) < len(data) / 4
+
+
+def test_damage_to_one_tile_leaves_the_others(codec, photo):
+    data = codec.compress(photo, tile=64)
+    where = next(f for f in layout(data) if f.name == "tile 7")
+    broken = data[:where.start + 3] + bytes([data[where.start + 3] ^ 1]) + data[where.start + 4:]
+    with pytest.raises(ChecksumError, match="tile 7"): codec.decode_latents(broken)
+    reader = HfcReader(io.BytesIO(broken))
+    assert reader.tile(6) == unpack(data).tiles[6] and reader.tile(8) == unpack(data).tiles[8]
+    with pytest.raises(IndexError): reader.tile(15)
+
+
+def wide_gamut():
+    "A profile of RGB that is not sRGB: sRGB's own with another name would be taken for it, so its primaries are swapped."
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    tags = {bytes(profile[132 + 12 * k: 136 + 12 * k]): 132 + 12 * k for k in range(int.from_bytes(profile[128:132], "big"))}
+    red, green = tags[b"rXYZ"], tags[b"gXYZ"]
+    profile[red + 4: red + 12], profile[green + 4: green + 12] = profile[green + 4: green + 12], profile[red + 4: red + 12]
+    return bytes(profile)
+
+
+def test_colours_in_a_profile_of_their_own(codec, photo, data):
+    profile, swapped = wide_gamut(), photo.copy()
+    swapped.info["icc_profile"] = profile
+    converted = codec.compress(swapped)
+    assert unpack(converted).streams == {} and converted != data, "by default, colours become sRGB"
+    kept = codec.compress(swapped, streams={"iccp": profile})
+    back = codec.decompress(kept)
+    assert back.info["icc_profile"] == profile and swapped.info["icc_profile"] == profile
+    assert np.array_equal(np.asarray(back), np.asarray(codec.decompress(data))), "the pixels are those without a profile"
+    assert codec.compress(image_to_tensor(photo), streams={"iccp": profile}) == kept
+    assert "icc_profile" not in codec.decompress(data).info
+    for source in ("photo.png", photo.convert("L")):
+        with pytest.raises(ImageError, match="profile"): codec.compress(source, streams={"iccp": profile})
+
+
+def test_named_streams_are_carried(codec, photo, data):
+    noted = codec.compress(photo, streams={"xmpm": b"<x/>", "exif": b"Exif\0\0II"})
+    assert unpack(noted).streams == {"exif": b"Exif\0\0II", "xmpm": b"<x/>"} == codec.decode_latents(noted).streams
+    assert file_info(noted)["streams"] == {"exif": 8, "xmpm": 4} and file_info(data)["streams"] == {}
+    assert np.array_equal(np.asarray(codec.decompress(noted)), np.asarray(codec.decompress(data)))
+    with pytest.raises(HfcError, match="four letters"): codec.compress(photo, streams={"thumbnail": b""})
+    with pytest.raises(UnknownStreamError, match="'Lock'"): codec.decompress(codec.compress(photo, streams={"Lock": b""}))
 
 
 @pytest.mark.parametrize("options", [dict(device="cuda:99"), dict(device="toaster"), dict(dtype=torch.int32), dict(dtype="float16"),

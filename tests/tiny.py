@@ -1,4 +1,4 @@
-"""A model of some thousand weights that every test can afford, the same on every machine, and real `.hfc` files of it.
+"""Two models of some thousand weights, of one rate and of several, the same on every machine, and real `.hfc` files of them.
 
 Nothing here depends on a random generator, on a library's transcendental functions or on floating-point sums: weights,
 scales and tables come from whole numbers, so that the model, and a file written with it, stay what they are.
@@ -22,8 +22,8 @@ from hific_nb.rans import rans_encode
 
 CONFIG = ModelConfig(transform="light", channels=(4, 4, 4, 4), encoder_blocks=(0, 0, 0, 0), generator_blocks=(0, 0, 0, 0),
                      n_residual_blocks=0, use_channel_norm=False, latent_channels=4, hyperprior_channels=3)
-PRECISION, ROWS = 14, 24
-DIGEST = "b6e485254ae463ad"  # of all weights and tables
+PRECISION, ROWS, LEVELS = 14, 24, 9
+DIGEST = "b6e485254ae463ad"  # of all weights and tables, of the model of one rate
 # A gain for the weights, and a bias, of the layers where the plain rule would leave everything near zero.
 GAINS = {"Encoder.layers.4": (8, 0), "Hyperprior.analysis_net.conv3": (8, 0), "Hyperprior.synthesis_std.conv3": (2, 4)}
 
@@ -52,9 +52,16 @@ def tables(widths, offsets=None) -> IndexedTables:
     return IndexedTables(cdf, slots, np.array([-(s - 2) // 2 for s in slots], np.int32), PRECISION).validate()
 
 
-def tiny_model(seed: int = 0) -> Model:
+def tiny_gains() -> tuple[np.ndarray, np.ndarray]:
+    "Gains of 2/3 ... 16, half as large again at each level and a little apart between channels; and what undoes them."
+    wobble = 64 + hashed(LEVELS * CONFIG.latent_channels, 7).reshape(LEVELS, -1) % 8
+    gains = np.array([2 * 2 ** 16 * 3 ** level // (3 * 2 ** level) for level in range(LEVELS)])[:, None] * wobble // 64
+    return gains.astype(np.int32), (2 ** 32 // gains).astype(np.int32)
+
+
+def tiny_model(seed: int = 0, levels: bool = False) -> Model:
     "The model of a seed; its tables are `model.coding`."
-    model = Model(CONFIG).eval()
+    model = Model(CONFIG.replace(rate_levels=LEVELS, regime_levels=(1, 4, 7)) if levels else CONFIG).eval()
     with torch.no_grad():
         for name, t in model.state_dict().items():
             layer, _, kind = name.rpartition(".")
@@ -65,7 +72,7 @@ def tiny_model(seed: int = 0) -> Model:
             t.copy_(torch.from_numpy(values + (bias if kind == "bias" else 0)).view(t.shape))
     scales = 0.125 * np.cumprod(np.array([1.0] + [1.375] * (ROWS - 1)))
     model.coding = Coding(tables([8 + 16 * c for c in range(CONFIG.hyperprior_channels)]),
-                          tables([max(1, int(8 * s)) for s in scales]), scales)
+                          tables([max(1, int(8 * s)) for s in scales]), scales, *(tiny_gains() if levels else ()))
     return model
 
 
@@ -76,12 +83,12 @@ def digest(model: Model) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def tiny_codec(seed: int = 0, **options) -> Codec:
+def tiny_codec(seed: int = 0, levels: bool = False, **options) -> Codec:
     "Its codec on the CPU, in float32."
-    return Codec(tiny_model(seed), name="tiny", device="cpu", dtype=torch.float32, **options)
+    return Codec(tiny_model(seed, levels), name="tiny", device="cpu", dtype=torch.float32, **options)
 
 
-def draw(codec: Codec, width: int, height: int, salt: int, alpha: Image.Image | None = None) -> Latents:
+def draw(codec: Codec, width: int, height: int, salt: int, alpha: Image.Image | None = None, **others) -> Latents:
     "Latents as an encoder might make them, escapes included, but from whole numbers."
     N, C = CONFIG.hyperprior_channels, CONFIG.latent_channels
     h, w = -(-height // 16), -(-width // 16)
@@ -91,7 +98,7 @@ def draw(codec: Codec, width: int, height: int, salt: int, alpha: Image.Image | 
     u = hashed(C * h * w, salt + 1).reshape(C, h, w) - 32768
     wide = 1 + 7 * (hashed(C * h * w, salt + 2).reshape(C, h, w) % 16 == 0)
     symbols = np.rint(u / 32768 * 2 * codec.coding.scales[indexes] * wide)
-    return Latents(width, height, symbols.astype(np.int32), z.astype(np.int32), indexes, torch.zeros(1, C, h, w), alpha)
+    return Latents(width, height, symbols.astype(np.int32), z.astype(np.int32), indexes, torch.zeros(1, C, h, w), alpha, **others)
 
 
 def coding_parts(codec: Codec, latents: Latents) -> list[tuple]:
@@ -105,6 +112,18 @@ def packed(codec: Codec, latents: Latents, coder: Coder) -> bytes:
     "The file of latents by another coder than the codec's own."
     return pack(HfcFile(latents.width, latents.height, codec.fingerprint, coder.id, coder.encode(coding_parts(codec, latents)),
                         png(latents.alpha) if latents.alpha else None))
+
+
+def tile_parts(codec: Codec, latents: Latents, file: HfcFile) -> list[list[tuple]]:
+    "The parts of each stream of a file with tiles: hyperlatents, then latents tile by tile."
+    first, (symbols, indexes, tables) = coding_parts(codec, latents)
+    symbols, indexes = symbols.reshape(latents.symbols.shape), indexes.reshape(latents.symbols.shape)
+    parts = [[first]]
+    for k in range(file.grid[0] * file.grid[1]):
+        left, top, right, bottom = file.tile_box(k)
+        area = np.s_[:, top // 16:-(-bottom // 16), left // 16:-(-right // 16)]
+        parts.append([(symbols[area].ravel(), indexes[area].ravel(), tables)])
+    return parts
 
 
 class Lanes(Coder):
@@ -135,6 +154,24 @@ def specimens(codec: Codec) -> dict[str, bytes]:
     files["alpha"] = codec.encode(draw(codec, 40, 23, 31, glass(40, 23)))
     files["alpha, 4 lanes"] = packed(codec, draw(codec, 90, 70, 32, glass(90, 70)), Lanes(4))
     files["opaque"] = codec.encode(draw(codec, 33, 47, 33, Image.new("L", (33, 47), 255)))
+    files["tiles"] = codec.encode(draw(codec, 150, 99, 34), 64)
+    files["a tile"] = codec.encode(draw(codec, 33, 20, 35), 128)
+    half = glass(200, 130)
+    half.paste(255, (0, 0, 64, 130))  # the first tiles are opaque, and their alpha is not coded
+    files["tiles, alpha"] = codec.encode(draw(codec, 200, 130, 36, half), 64)
+    files["tiles, opaque, streams"] = codec.encode(draw(codec, 70, 65, 37, Image.new("L", (70, 65), 255), streams=NOTES), 64)
+    files["streams"] = codec.encode(draw(codec, 20, 30, 38, streams=NOTES))
+    return files
+
+
+NOTES = {"exif": b"Exif\0\0II*\0", "zzzz": b"", "iccp": bytes(range(256))}
+
+
+def leveled_specimens(codec: Codec) -> dict[str, bytes]:
+    "Files of a model with rate levels."
+    files = {f"level {level} {w}x{h}": codec.encode(draw(codec, w, h, 60 + level, level=level), tile)
+             for level, (w, h), tile in ((0, (64, 64), 0), (4, (17, 33), 0), (8, (130, 70), 64))}
+    files["level, alpha, streams"] = codec.encode(draw(codec, 70, 50, 70, glass(70, 50), level=5, streams=NOTES))
     return files
 
 
