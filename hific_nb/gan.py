@@ -6,7 +6,7 @@
 __all__ = ['GanLosses', 'register_gan_losses', 'gan_losses', 'gan_statistics', 'Discriminator', 'adversarial_loss',
            'discriminator_loss', 'import_discriminator']
 
-# %% ../nbs/10_gan.ipynb #d43c68ba
+# %% ../nbs/10_gan.ipynb #57110f2a
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from .config import ConfigError, HificError
 from .transforms import DOWNSAMPLING, Reflect
 
-# %% ../nbs/10_gan.ipynb #c76b5da9
+# %% ../nbs/10_gan.ipynb #7deba6e2
 class GanLosses(NamedTuple):
     """The two sides of an adversarial game over patch logits of any shape; each loss is a scalar, a mean over patches.
 
@@ -47,7 +47,7 @@ def _least_squares_discriminator(real: Tensor, fake: Tensor) -> Tensor:
 
 def _least_squares_probability(logits: Tensor) -> Tensor: return logits.clamp(0, 1)
 
-# %% ../nbs/10_gan.ipynb #ea4139d9
+# %% ../nbs/10_gan.ipynb #33296a30
 _OWN = {
     "non_saturating": GanLosses(_non_saturating_generator, _non_saturating_discriminator),
     "least_squares": GanLosses(_least_squares_generator, _least_squares_discriminator, _least_squares_probability),
@@ -77,7 +77,7 @@ def gan_losses(kind: str = "non_saturating") -> GanLosses:
                           "to register_gan_losses before it is asked for.")
     return _LOSSES[kind]
 
-# %% ../nbs/10_gan.ipynb #8291e315
+# %% ../nbs/10_gan.ipynb #03de2c3b
 @torch.no_grad()
 def gan_statistics(real: Tensor, fake: Tensor, kind: str = "non_saturating") -> dict[str, float]:
     """How the game stands, for the logs: `D_real` and `D_fake`, mean probabilities of "real" over the patches of real
@@ -91,7 +91,7 @@ def gan_statistics(real: Tensor, fake: Tensor, kind: str = "non_saturating") -> 
     values = torch.stack((real.mean(), fake.mean(), right)).tolist()  # one wait for the device, not three
     return dict(zip(("D_real", "D_fake", "D_accuracy"), values))
 
-# %% ../nbs/10_gan.ipynb #12e2a9e8
+# %% ../nbs/10_gan.ipynb #51fc2440
 class Discriminator(nn.Module):
     """D of Mentzer et al. 2020 (figure 2): images (B, 3, H, W) and latents (B, C, H/16, W/16) -> logits of patches.
 
@@ -136,7 +136,7 @@ class Discriminator(nn.Module):
             x = F.leaky_relu(F.conv2d(self.pad(x), weight, conv.bias, stride=2), 0.2)  # each halves the sides
         return self.conv_out(x)
 
-# %% ../nbs/10_gan.ipynb #0691ab37
+# %% ../nbs/10_gan.ipynb #95a889e2
 @contextmanager
 def _frozen(module: nn.Module) -> Iterator[None]:
     "Inside, graphs record no gradient for the parameters of `module`: a backward pass stops at them."
@@ -168,7 +168,7 @@ def discriminator_loss(discriminator: nn.Module, x: Tensor, recon: Tensor, y_hat
     real, fake = discriminator(images, torch.cat((context, context))).float().chunk(2)
     return gan_losses(kind).discriminator(real, fake), gan_statistics(real, fake, kind)
 
-# %% ../nbs/10_gan.ipynb #3d7af4e0
+# %% ../nbs/10_gan.ipynb #cd99458a
 def import_discriminator(state: dict[str, Tensor], normalize_input_image: bool = False) -> Discriminator:
     """The discriminator in a published checkpoint, from its `discriminator_state_dict`; widths are read from the shapes.
 
