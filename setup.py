@@ -40,7 +40,7 @@ class BuildWithNotebooks(build_py):
         return super().get_outputs(include_bytecode) + packed
 
 
-extras = {extra: s[f"{extra}_requirements"].split() for extra in ("notebooks", "train", "coders")}
+extras = {extra: s[f"{extra}_requirements"].split() for extra in ("notebooks", "train", "baselines", "coders")}
 extras["dev"] = sorted({*extras["notebooks"], *extras["train"], *s["dev_requirements"].split()})
 
 setup(

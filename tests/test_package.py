@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(path.stem for path in (ROOT / "hific_nb").glob("*.py") if not path.stem.startswith("_"))
 # What `pip install hific_nb`, without extras, does not bring: the codec and the command line do without.
 EXTRAS_ONLY = ["IPython", "anywidget", "constriction", "execnb", "fastcore", "hypothesis", "ipykernel", "ipywidgets", "jupyterlab",
-               "matplotlib", "nbclient", "nbconvert", "nbdev", "nbformat", "papermill", "playwright", "pytest",
+               "matplotlib", "nbclient", "nbconvert", "nbdev", "nbformat", "papermill", "pillow_jxl", "playwright", "pytest",
                "torchac"]
 # Installed, but slow to import: only the function that needs one imports it.
 HEAVY = ["numba", "scipy", "skimage", "pytorch_msssim"]
@@ -97,7 +97,7 @@ def test_metadata(wheel):
     assert "Requires-Python: >=3.10" in text and "# " in text.split("\n\n", 1)[1]  # README.md
     core = set(re.findall(r"^Requires-Dist: ([\w-]+)(?![^\n]*extra ==)", text, re.MULTILINE))
     assert core == {"torch", "numpy", "pillow", "safetensors", "numba", "tqdm", "scikit-image", "pytorch-msssim"}
-    assert set(re.findall(r"^Provides-Extra: (\w+)$", text, re.MULTILINE)) == {"notebooks", "train", "coders", "dev"}
+    assert set(re.findall(r"^Provides-Extra: (\w+)$", text, re.MULTILINE)) == {"notebooks", "train", "baselines", "coders", "dev"}
     (text,) = [data.decode() for name, data in contents(wheel).items() if name.endswith("entry_points.txt")]
     assert re.search(r"^hific ?= ?hific_nb\.cli:main$", text, re.MULTILINE)
 
