@@ -6,8 +6,8 @@
 __all__ = ['LIKELIHOOD_FLOOR', 'MIXTURE', 'DECISION_LEVELS', 'round_straight_through', 'add_uniform_noise', 'lower_bound',
            'gaussian_cdf', 'logistic_cdf', 'register_density', 'get_density', 'interval_likelihood',
            'mixture_log_likelihood', 'FactorizedDensity', 'TableError', 'IndexedTables', 'quantize_pmf',
-           'tables_from_pmfs', 'scale_grid', 'scale_thresholds', 'scale_tables', 'factorized_tables', 'decision_tables',
-           'decision_rows']
+           'tables_from_pmfs', 'scale_grid', 'scale_thresholds', 'scale_tables', 'factorized_tables',
+           'decision_probabilities', 'decision_tables', 'decision_rows']
 
 # %% ../nbs/03_entropy_models.ipynb #4e0b6fcd
 import copy
@@ -318,16 +318,21 @@ DECISION_LEVELS = 256  # rows of the tables of yes and no
 _DECISION_THRESHOLDS = np.array([r * r * (768 - 2 * r) for r in range(1, DECISION_LEVELS)], np.int64)  # in 2**-24
 
 
+def decision_probabilities() -> np.ndarray:
+    "P(yes) = u^2 (3 - 2u) at u = (r + 1/2) / 256 for each row r of the tables of yes and no, (256,) float64, exactly."
+    odd = 2 * np.arange(DECISION_LEVELS, dtype=np.int64) + 1
+    return odd * odd * (768 - odd) / 2 ** 26
+
+
 def decision_tables(precision: int = 14) -> IndexedTables:
     """Rows for the answers 0 (no) and 1 (yes), from improbable to almost certain; see `decision_rows`.
 
-    Row r has P(1) = u^2 (3 - 2u) at u = (r + 1/2) / 256, rounded to a whole frequency. Integer arithmetic only.
+    The probabilities are those of `decision_probabilities`, as whole frequencies. No rounding of floats is involved.
     """
     _check_precision(precision)
     if precision < 2: raise TableError("Tables of yes and no need a precision of 2 at least.")
-    total, odd = 2 ** precision, 2 * np.arange(DECISION_LEVELS, dtype=np.int64) + 1
-    yes = (odd * odd * (768 - odd) * total + 2 ** 25) >> 26
-    yes = np.clip(yes, 1, total - 2)
+    total = 2 ** precision
+    yes = np.floor(decision_probabilities() * total + 0.5).astype(np.int64).clip(1, total - 2)  # exact in float64
     cdf = np.stack((0 * yes, total - 1 - yes, 0 * yes + total - 1, 0 * yes + total), 1).astype(np.uint32)
     return IndexedTables(cdf, np.full(len(yes), 3, np.int32), np.zeros(len(yes), np.int32), precision).validate()
 
