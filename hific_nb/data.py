@@ -683,7 +683,9 @@ def find_shards(spec) -> list[str]:
     """Paths or addresses of the shards that `spec` stands for: a folder, a path with * or ?, braces, an http(s)
     address, or a list of these. Local ones must exist; addresses are not looked at. Raises `ImageError` if there are
     none."""
-    if isinstance(spec, (list, tuple)): return [shard for part in spec for shard in find_shards(part)]
+    if isinstance(spec, (list, tuple)):
+        if not spec: raise ImageError("The list of shards is empty: name a folder or a pattern.")
+        return [shard for part in spec for shard in find_shards(part)]
     found = []
     for text in expand_braces(os.fspath(spec)):
         if _is_url(text): found.append(text)
@@ -727,6 +729,7 @@ def _fetch(url: str, out, retries: int = 4, backoff: float = 0.5, timeout: float
     session, tag, why = _session(), None, ""
     from requests import RequestException
     from requests.exceptions import InvalidSchema, InvalidURL, MissingSchema, TooManyRedirects
+    from urllib3.exceptions import HTTPError
 
     for attempt in range(retries + 1):
         headers, done = {}, out.tell() if tag else 0
@@ -745,7 +748,8 @@ def _fetch(url: str, out, retries: int = 4, backoff: float = 0.5, timeout: float
                     out.truncate()
                     tag = told.get("ETag") if not told.get("ETag", "W/").startswith("W/") else None
                     wanted = done + int(told["Content-Length"]) if told.get("Content-Length", "").isdigit() else None
-                    for chunk in answer.iter_content(1 << 17):
+                    if "Content-Encoding" in told: wanted = None
+                    while chunk := answer.raw.read1(1 << 17, decode_content=True):  # what is there: a trickle can be left
                         _pause(0)
                         out.write(chunk)
                         if max_bytes and out.tell() > max_bytes:
@@ -754,7 +758,7 @@ def _fetch(url: str, out, retries: int = 4, backoff: float = 0.5, timeout: float
                     why = f"it ended after {out.tell()} of {wanted} bytes"
         except (InvalidSchema, InvalidURL, MissingSchema, TooManyRedirects) as error:
             raise _RefusedError(f"{url} cannot be had: {error}.") from error
-        except RequestException as error: why = type(error).__name__
+        except (RequestException, HTTPError) as error: why = type(error).__name__
         if attempt < retries: _pause(max(min(after, 120.0), min(60.0, backoff * 2**attempt) * random.uniform(0.5, 1.5)))
     raise ImageError(f"{url} could not be fetched in {retries + 1} tries ({why}): check the connection.")
 
@@ -1177,12 +1181,14 @@ def fetch_photos(source, run, *, column: str = "OriginalURL", limit: int = 0, ph
     url, width, height, bytes, sha256, license, author) and failed.txt, a list of what could not be had and why, which
     is itself a list to fetch. """
     run = Path(run)
-    rules = dict(min_side=min_side, drop_flat=drop_flat, longer_side=longer_side, min_shrink=min_shrink, quality=quality)
-    for name, value, least in (("limit", limit, 0), ("photos_per_shard", photos_per_shard, 0), ("workers", workers, 1),
-                               ("retries", retries, 0), ("min_side", min_side, 1), ("longer_side", longer_side, 0)):
-        if value < least: raise ImageError(f"{name} must be at least {least}, not {value}.")
+    limit, photos_per_shard, workers, retries, min_side, longer_side, quality = (
+        _whole(*given) for given in (("limit", limit, 0), ("photos_per_shard", photos_per_shard, 0), ("workers", workers, 1),
+                                     ("retries", retries, 0), ("min_side", min_side, 1), ("longer_side", longer_side, 0),
+                                     ("quality", quality, 0)))
+    if not isinstance(drop_flat, bool): raise ImageError(f"drop_flat must be True or False, not {drop_flat!r}.")
+    if quality > 100: raise ImageError(f"quality must be at most 100, not {quality}.")
     if max_mb <= 0 or timeout <= 0: raise ImageError("max_mb and timeout must be positive.")
-    if not 0 <= quality <= 100: raise ImageError(f"quality must be in 0 ... 100, not {quality}.")
+    rules = dict(min_side=min_side, drop_flat=drop_flat, longer_side=longer_side, min_shrink=min_shrink, quality=quality)
     try: run.mkdir(parents=True, exist_ok=True)
     except OSError as error: raise HificError(f"Cannot make the folder {run}: {error.strerror}.") from error
     with _only_run(run):
@@ -1197,6 +1203,12 @@ def fetch_photos(source, run, *, column: str = "OriginalURL", limit: int = 0, ph
         fetching = dict(retries=retries, backoff=backoff, timeout=timeout, max_bytes=int(max_mb * 1e6))
         listed = islice(read_photo_list(source, column), limit or None)
         return _fetch_blocks(listed, total, run, photos_per_shard, workers, fetching, rules, progress)
+
+
+def _whole(name: str, value, least: int) -> int:
+    whole = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value // 1
+    if not whole or value < least: raise ImageError(f"{name} must be a whole number of at least {least}, not {value!r}.")
+    return int(value)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import webserver
 from PIL import Image, ImageCms, ImageFile
 
 from hific_nb.config import HificError
@@ -40,6 +41,7 @@ from hific_nb.data import (
     write_shard,
 )
 
+web = webserver.web  # the fixture
 pytestmark = pytest.mark.filterwarnings("error")  # a warning is part of the behaviour: tests that expect one say so
 NO_AVIF = "this Pillow has no AVIF: pip install 'pillow>=11.3'"
 HAS_AVIF = ".avif" in Image.registered_extensions()
@@ -838,3 +840,400 @@ def test_real_photos(shared):
     batch = kept.batch(1000)
     assert torch.equal(batch, lazy.batch(1000))
     assert batch.float().std() > 20 and len({crop.sum().item() for crop in batch}) == 6
+
+
+# ------------------------------------------------------------------------------------------------ which photos, which part
+
+def test_photo_faults():
+    """L3C's rules, and the grid that is looked at does not miss what a whole photo shows."""
+    flat = np.full((300, 900, 3), 90, np.uint8)
+    assert photo_fault(flat) == "flat" and photo_fault(flat, 400) == "small"
+    rng = np.random.default_rng(0)
+    for name in SAMPLE_PHOTOS:
+        pixels = np.asarray(sample_photo(name))
+        assert photo_fault(pixels, min(pixels.shape[:2])) is None and photo_fault(pixels, min(pixels.shape[:2]) + 1) == "small"
+    grey = rng.integers(0, 256, (200, 200, 1)).repeat(3, 2)
+    for value, fault in ((0.78, None), (0.82, "overexposed")):  # greys whose mean is just below and above 0.8
+        assert photo_fault((255 * value + (grey - 127.5) * 0.3).clip(0, 255).astype(np.uint8)) == fault
+    for saturation, fault in ((0.88, None), (0.92, "oversaturated")):
+        pixels = np.stack([grey[..., 0] // 4 + 100] * 3, -1)
+        pixels[..., 1:] = pixels[..., 1:] * (1 - saturation)
+        assert photo_fault(pixels.astype(np.uint8)) == fault, saturation
+    huge = np.zeros((3000, 40, 3), np.uint8)
+    huge[::2] = 120  # stripes of one pixel, which the grid meets or misses: 3000 / 256 rounds up to 12, an even step
+    assert photo_fault(huge) == "flat"  # known: a picture that only has detail of this kind is no photo either
+
+
+def test_flat_photos_are_left_out_and_counted(folder):
+    Image.new("RGB", (200, 200), (250, 250, 250)).save(folder / "page.png")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        crops = PhotoCrops(folder, 128, 4)
+        assert [p.name for p in crops.too_flat] == ["page.png"] and len(crops) == 3
+        assert len([w for w in caught if "1 of 6 photos are flat" in str(w.message)]) == 1
+        late = PhotoCrops(folder, 128, 4, memory_gb=0)
+        assert all(torch.equal(late.batch(s), crops.batch(s)) for s in range(10)) and late.too_flat == crops.too_flat
+        assert len(PhotoCrops(folder, 128, 4, drop_flat=False)) == 4
+
+
+def test_shorter_side(tmp_path):
+    coordinates(250, 200).save(tmp_path / "c.png")
+    crops = PhotoCrops(tmp_path, 64, 16, shorter_side=(80, 100), flip=False, drop_flat=False)
+    spans = [float((crop[0, 32, 60] - crop[0, 32, 3]) / 57) for step in range(10) for crop in crops.batch(step).float()]
+    assert min(spans) >= 1.95 and max(spans) <= 2.55 and max(spans) - min(spans) > 0.3  # 200 pixels become 80 to 100
+    small = PhotoCrops(tmp_path, 64, 4, shorter_side=(10, 20), flip=False, drop_flat=False).batch(0).float()
+    assert 3 < (small[0, 0, 32, 60] - small[0, 0, 32, 3]) / 57 < 3.2  # never so small that the crop no longer fits
+    large = PhotoCrops(tmp_path, 64, 4, shorter_side=(500, 900), flip=False, drop_flat=False).batch(0)
+    assert (large[0, 0, 0].diff() == 1).all()  # never enlarged
+    sentence(PhotoCrops, tmp_path, 64, shorter_side=(9, 8))
+
+
+@pytest.mark.parametrize("memory_gb", [1, 0])
+def test_ranks_share_a_batch(folder, memory_gb):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        joint = PhotoCrops(folder, 96, 12, seed=3)
+        for world in (2, 3, 4):
+            parts = [PhotoCrops(folder, 96, 12, seed=3, rank=r, world=world, memory_gb=memory_gb) for r in range(world)]
+            for step in (0, 5):
+                assert torch.equal(torch.stack([p.batch(step) for p in parts], 1).flatten(0, 1), joint.batch(step))
+        assert "shared evenly" in sentence(PhotoCrops, folder, 96, 12, world=5)
+        sentence(PhotoCrops, folder, 96, 12, rank=2, world=2)
+
+
+def test_waiting_is_measured():
+    """Batches that are ready cost nothing; one that is not costs as long as it takes."""
+    slow, held = threading.Event(), threading.Event()
+
+    def make(step):
+        if step == 3:
+            held.set()
+            slow.wait()
+        return torch.tensor(step)
+
+    with Prefetch(make, n_ahead=2, workers=1) as stream:
+        for _ in range(3): next(stream)
+        before = stream.wait_s
+        held.wait()
+        stream.wait_share()
+        threading.Timer(0.2, slow.set).start()
+        assert next(stream)[1] == 3
+        assert stream.wait_s - before > 0.15 and 0.5 < stream.wait_share() <= 1
+        before = stream.wait_s
+        while not stream._ready[0].done(): time.sleep(0.01)
+        next(stream)
+        assert stream.wait_s - before < 0.1
+        assert stream.wait_share() < 0.9
+
+
+def test_prefetch_keeps_the_order_whichever_worker_is_first():
+    rng = np.random.default_rng(0)
+
+    def make(step):
+        time.sleep(float(rng.random()) * 0.01)
+        return step * 10
+
+    with Prefetch(make, start_step=4, n_ahead=5, workers=5) as stream:
+        assert [next(stream) for _ in range(30)] == [(s, s * 10) for s in range(4, 34)]
+    assert not running()
+
+
+# ------------------------------------------------------------------------------------------------ shards
+
+def tile(number, side=64):
+    """A picture whose number can be read from its mean."""
+    texture = np.random.default_rng(number).integers(-8, 9, (side, side, 1))
+    return saved(Image.fromarray((texture + 20 + 2 * number).repeat(3, 2).astype(np.uint8)))
+
+
+def numbers(crops): return [round((float(crop.float().mean()) - 20) / 2) for crop in crops]
+
+
+@pytest.fixture
+def tars(tmp_path):
+    """Five shards with tiles 0 to 9, 10 to 19, ..."""
+    for k in range(5):
+        write_shard(tmp_path / f"s{k}.tar", [(f"{k}{i}.png", tile(10 * k + i)) for i in range(10)])
+    return f"{tmp_path}/s{{0..4}}.tar"
+
+
+def steps_of(crops, steps): return [numbers(crops.batch(step)) for step in steps]
+
+
+def test_a_shard_of_anybody(tmp_path):
+    """What tar, WebDataset and macOS write: folders, long names, labels beside photos, hidden twins, several formats."""
+    import tarfile
+
+    photo = tile(5)
+    for kind in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        path = tmp_path / "a.tar"
+        long = "train/" + "n" * (90 if kind == tarfile.USTAR_FORMAT else 180) + ".JPEG"
+        with tarfile.open(path, "w", format=kind) as tar:
+            folder = tarfile.TarInfo("train")
+            folder.type = tarfile.DIRTYPE
+            tar.addfile(folder)
+            for name in (long, "train/0.cls", "train/._0.png", "train/0.png", "0.json", "übung.webp"):
+                member = tarfile.TarInfo(name)
+                member.size = len(photo)
+                tar.addfile(member, io.BytesIO(photo))
+            link = tarfile.TarInfo("train/link.png")
+            link.type, link.linkname = tarfile.SYMTYPE, "0.png"
+            tar.addfile(link)
+        found = shard_members(path)
+        assert [name for name, _, _ in found] == [long, "train/0.png", "übung.webp"]
+        whole = path.read_bytes()
+        assert all(whole[offset:offset + size] == photo for _, offset, size in found)
+    with tarfile.open(tmp_path / "b.tar.gz", "w:gz") as tar: tar.add(path, "x.png")
+    (tmp_path / "text.tar").write_text("not a tape archive " * 100)
+    (tmp_path / "empty.tar").touch()
+    for name in ("b.tar.gz", "text.tar", "gone.tar"): assert name in sentence(shard_members, tmp_path / name)
+    cut = whole[:found[1][1] + 10]
+    (tmp_path / "cut.tar").write_bytes(cut)
+    with pytest.warns(UserWarning, match="damaged after 1 photos"): assert shard_members(tmp_path / "cut.tar") == found[:1]
+
+
+def test_write_shard_is_whole_or_not_there(tmp_path):
+    path = write_shard(tmp_path / "a.tar", [("0.png", b"one")])
+    before = path.read_bytes()
+
+    def breaks_off():
+        yield "0.png", b"two" * 1000
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(HificError, match="No space"): write_shard(path, breaks_off())
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.tar"]
+
+
+def test_find_shards(tmp_path):
+    for name in ("b-1.tar", "b-0.tar", "c.tar", ".hidden.tar", "a.txt"): (tmp_path / name).touch()
+    folder = str(tmp_path)
+    assert find_shards(folder) == find_shards(tmp_path) == find_shards(f"{folder}/*.tar")
+    assert [p[len(folder) + 1:] for p in find_shards(folder)] == ["b-0.tar", "b-1.tar", "c.tar"]
+    assert find_shards([f"{folder}/c.tar", folder + "/b-{1..1}.tar"]) == [f"{folder}/c.tar", f"{folder}/b-1.tar"]
+    assert expand_braces("x{08..11}y{a,b}")[:3] == ["x08ya", "x08yb", "x09ya"] and len(expand_braces("{0..9}{0..9}")) == 100
+    assert find_shards("https://host/{0..1}.tar") == ["https://host/0.tar", "https://host/1.tar"]
+    for bad in (folder + "/b-{0..2}.tar", f"{folder}/x*.tar", "a{5..3}.tar", "{0..9999999}", []): sentence(find_shards, bad)
+
+
+def test_a_pass_takes_every_photo_once(tars):
+    crops = ShardCrops(tars, 64, 5, seed=1, window=2)
+    passes = [sum(steps_of(crops, range(10 * e, 10 * e + 10)), []) for e in range(3)]
+    for taken in passes:
+        assert sorted(taken) == list(range(50))
+        assert [len({n // 10 for n in taken[a:b]}) for a, b in ((0, 20), (20, 40), (40, 50))] == [2, 2, 1]  # windows
+        assert taken != sorted(taken)
+    assert passes[0] != passes[1] != passes[2]
+    assert len({tuple(n // 10 for n in p[40:]) for p in passes} | {tuple(n // 10 for n in p[:20]) for p in passes}) > 2
+    assert sum(steps_of(ShardCrops(tars, 64, 5, seed=2, window=2), range(10)), []) != passes[0]
+
+
+def test_shards_depend_on_seed_and_step_alone(tars):
+    """In any order of steps, by any number of threads, kept in memory or not: what makes a resumed run the same run."""
+    first = ShardCrops(tars, 32, 4, seed=7, window=2, scale=(0.5, 1))
+    batches = {step: first.batch(step) for step in range(40)}
+    for settings in (dict(memory_gb=0), dict(threads=1)):
+        other = ShardCrops(tars, 32, 4, seed=7, window=2, scale=(0.5, 1), **settings)
+        assert all(torch.equal(other.batch(step), batches[step]) for step in (39, 3, 21, 0, 20))
+        with other.prefetch(17, n_ahead=6) as stream:  # a run that was killed after step 16
+            for step, batch in stream:
+                assert torch.equal(batch, batches[step])
+                if step == 39: break
+    parts = [ShardCrops(tars, 32, 4, seed=7, window=2, scale=(0.5, 1), rank=r, world=2) for r in range(2)]
+    for step in (0, 13): assert torch.equal(torch.stack([p.batch(step) for p in parts], 1).flatten(0, 1), batches[step])
+
+
+def test_shards_of_unequal_size(tmp_path):
+    for k, n in enumerate((6, 3, 9)): write_shard(tmp_path / f"{k}.tar", [(f"{i}.png", tile(10 * k + i)) for i in range(n)])
+    crops = ShardCrops(tmp_path, 64, 6, window=3)
+    assert crops.crops_per_shard == 6 and sorted(sum(steps_of(crops, range(3)), [])) == sorted(
+        [*range(6), *range(10, 13), *range(20, 29)])
+    apart = ShardCrops(tmp_path, 64, 6, window=1)
+    counts = np.bincount(sum(steps_of(apart, range(3)), []), minlength=30)
+    assert set(counts[:6]) == {1} and set(counts[10:13]) == {2} and sorted(counts[20:29]) == [0] * 3 + [1] * 6
+    assert ShardCrops(tmp_path, 64, 6, crops_per_shard=9).crops_per_shard == 9
+
+
+def test_what_cannot_be_used_in_shards_costs_one_warning(tmp_path):
+    write_shard(tmp_path / "0.tar", [*((f"{i}.png", tile(i)) for i in range(6)), ("6.png", tile(6)[:300]), ("7.png", tile(7, 40)),
+                                     ("8.png", saved(Image.new("RGB", (64, 64), (255, 255, 255))))])
+    (tmp_path / "1.tar").write_bytes(b"no archive" * 99)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        crops = ShardCrops(tmp_path, 64, 3, window=2)
+        taken = steps_of(crops, range(12))
+        again = ShardCrops(tmp_path, 64, 3, window=2)
+        with again.prefetch(0) as stream: assert [numbers(next(stream)[1]) for _ in range(12)] == taken
+    assert set(sum(taken, [])) == set(range(6))
+    assert crops.broken == ["0.tar/6.png"] and crops.too_small == ["0.tar/7.png"] and crops.too_flat == ["0.tar/8.png"]
+    assert crops.missing == [str(tmp_path / "1.tar")]
+    said = [str(w.message) for w in caught][:2]
+    assert len(caught) == 4 and "1.tar" in said[0] and "0.tar/6.png" in said[1]  # two of each object
+    write_shard(tmp_path / "1.tar", [("0.png", tile(0, 30))])
+    only = ShardCrops(str(tmp_path / "1.tar"), 64, 2)
+    assert "None of the 1 photos" in sentence(only.batch, 0)
+    sentence(ShardCrops, tars_without_photos(tmp_path), 64)
+
+
+def tars_without_photos(tmp_path): return str(write_shard(tmp_path / "texts.tar", [("a.txt", b"text")]))
+
+
+def test_held_back_photos_of_shards(tars):
+    crops = ShardCrops(tars, 64, 5, window=5, held_back_every=5)
+    seen = set(sum(steps_of(crops, range(40)), []))
+    held = numbers([image_to_tensor(read_image(file)) for file in crops.held_back(None)])
+    assert held == [n for n in range(50) if n % 10 in (4, 9)] and seen == set(range(50)) - set(held)
+    assert numbers([image_to_tensor(read_image(f)) for f in crops.held_back(3)]) == held[:3]
+    assert ShardCrops(tars, 64, 5).held_back() == []
+
+
+def test_open_dataset(tmp_path, folder, tars):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        photos = tmp_path / "photos"
+        photos.mkdir()
+        for path in folder.glob("*.png"): path.rename(photos / path.name)
+        crops = open_dataset(photos, 96, 2, 5, held_back_every=2, memory_gb=0.1, window=3)
+        train, held = holdout_split(find_images(photos), 2)
+        assert isinstance(crops, PhotoCrops) and crops.paths == train and crops.held_back() == held and crops.seed == 5
+        assert crops.held_back(1) == held[:1] and open_dataset(photos, 96, held_back_every=0).held_back() == []
+        assert torch.equal(crops.batch(3), PhotoCrops(train, 96, 2, 5).batch(3))
+    for spec in (tars, str(tmp_path), tmp_path, tmp_path / "s0.tar", [str(tmp_path / "s0.tar")], f"{tmp_path}/s?.tar"):
+        if spec in (str(tmp_path), tmp_path): (tmp_path / "cut.jpg").unlink(missing_ok=True)
+        crops = open_dataset(spec, 64, 5, 1, window=2, progress=print)
+        assert isinstance(crops, ShardCrops) and crops.crops_per_shard == 9 and len(crops.held_back(1)) == 1
+    both = open_dataset(tars, 64, 5, 1, held_back_every=0, window=2), ShardCrops(tars, 64, 5, 1, window=2)
+    assert torch.equal(both[0].batch(3), both[1].batch(3))
+    (tmp_path / "x.jpg").touch()
+    assert "photos and shards" in sentence(open_dataset, tmp_path)
+    assert "'widnow'" in sentence(open_dataset, tars, widnow=1)
+    sentence(open_dataset, tmp_path / "gone")
+
+
+# ------------------------------------------------------------------------------------------------ shards over HTTP
+
+def put(shelf, tmp_path, prefix="/"):
+    for k in range(5): shelf[f"{prefix}s{k}.tar"] = (tmp_path / f"s{k}.tar").read_bytes()
+
+
+QUICK = dict(backoff=0.01, retries=3)
+
+
+def test_shards_over_http_are_the_same_shards(tars, tmp_path, web):
+    shelf, address = web
+    put(shelf, tmp_path, "/busy/torn/")
+    near = ShardCrops(tars, 64, 5, seed=1, window=2)
+    far = ShardCrops(address + "/busy/torn/s{0..4}.tar", 64, 5, seed=1, window=2, cache=tmp_path / "cache", **QUICK)
+    with far.prefetch() as stream:
+        for step, batch in stream:
+            assert torch.equal(batch, near.batch(step))
+            if step == 19: break
+    assert set(shelf.asked.values()) == {2}  # a 503, then whole; two passes fetch each shard once
+    again = ShardCrops(address + "/busy/torn/s{0..4}.tar", 64, 5, seed=1, window=2, cache=tmp_path / "cache")
+    assert torch.equal(again.batch(11), near.batch(11)) and set(shelf.asked.values()) == {2}  # nor does the next run
+    assert not [p for p in (tmp_path / "cache").iterdir() if p.name.endswith(".part")]
+
+
+def test_a_torn_download_goes_on_where_it_ended(tars, tmp_path, web):
+    shelf, address = web
+    write_shard(tmp_path / "large.tar", [("0.png", tile(3)), ("0.bin", os.urandom(2_000_000)), ("1.png", tile(9))])
+    shelf["/torn/s0.tar"] = (tmp_path / "large.tar").read_bytes()
+    crops = ShardCrops(address + "/torn/s0.tar", 64, 2, cache=tmp_path / "cache", **QUICK)
+    ((_, asked),) = shelf.ranges
+    assert 800_000 < int(asked[6:-1]) <= 1_010_000  # from the middle, less a piece that was on its way
+    assert sorted(numbers(crops.batch(0))) == [3, 9]
+    assert next((tmp_path / "cache").glob("*.tar")).read_bytes() == shelf["/torn/s0.tar"]
+
+
+def test_the_cache_is_bounded(tars, tmp_path, web):
+    shelf, address = web
+    put(shelf, tmp_path)
+    size = len(shelf["/s0.tar"])
+    crops = ShardCrops(address + "/s{0..4}.tar", 64, 5, window=1, cache=tmp_path / "cache", cache_gb=2.5 * size / 1e9,
+                       memory_gb=0, **QUICK)
+    near = ShardCrops(tars, 64, 5, window=1)
+    for step in range(30):
+        assert torch.equal(crops.batch(step), near.batch(step))
+        wait_for(lambda: not [t for t in threading.enumerate() if t.name == "ShardCrops"])
+        assert len(list((tmp_path / "cache").glob("[!.]*"))) <= 3  # 2.5 fit; the window and the next one, two, are always kept
+    assert sum(shelf.asked.values()) > 6  # three passes over five shards: they had to be fetched again
+    tight = ShardCrops(address + "/s{0..4}.tar", 64, 5, window=2, cache=tmp_path / "cache", cache_gb=0, memory_gb=0, **QUICK)
+    wide = ShardCrops(tars, 64, 5, window=2)
+    assert all(torch.equal(tight.batch(s), wide.batch(s)) for s in (0, 3, 9, 27, 1))
+    for path in (tmp_path / "cache").glob("[!.]*"): path.unlink()  # by hand, or another process that made room
+    assert torch.equal(tight.batch(2), wide.batch(2))
+
+
+def wait_for(condition):
+    for _ in range(500):
+        if condition(): return
+        time.sleep(0.01)
+    raise AssertionError("it did not happen within five seconds")
+
+
+def test_the_next_window_is_fetched_ahead(tars, tmp_path, web):
+    shelf, address = web
+    put(shelf, tmp_path)
+    crops = ShardCrops(address + "/s{0..4}.tar", 64, 5, window=2, cache=tmp_path / "cache", **QUICK)
+    crops.batch(0)
+    order = [crops.shards[i] for i in crops._order(0, 0) + crops._order(0, 1)]
+    wait_for(lambda: {address + path for path in shelf.asked} == {*order, crops.shards[0]})
+
+
+def test_several_processes_fetch_a_shard_once(tars, tmp_path, web):
+    shelf, address = web
+    put(shelf, tmp_path, "/slow/")
+    made = []
+
+    def one(rank):
+        crops = ShardCrops(address + "/slow/s{0..1}.tar", 64, 4, window=2, cache=tmp_path / "cache", rank=rank, world=4)
+        made.append((rank, numbers(crops.batch(0))))
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(4)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    near = ShardCrops(f"{tmp_path}/s{{0..1}}.tar", 64, 4, window=2)
+    assert sum((n for _, n in sorted(made)), []) == numbers(near.batch(0)) and set(shelf.asked.values()) == {1}
+
+
+def test_servers_that_refuse_or_do_not_answer(tars, tmp_path, web):
+    shelf, address = web
+    put(shelf, tmp_path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        crops = ShardCrops(address + "/s{3..6}.tar", 64, 5, window=4, cache=tmp_path / "cache", **QUICK)
+        taken = steps_of(crops, range(8))
+    assert sorted(w.message.args[0].split("/")[-1][:6] for w in caught) == ["s5.tar", "s6.tar"] and len(crops.missing) == 2
+    assert sorted(sum(taken, [])) == sorted([*range(30, 50)] * 2) and shelf.asked["/s5.tar"] == 1  # a 404 is final
+    shelf["/mute/s0.tar"] = b"x"
+    from hific_nb import data
+
+    with pytest.raises(ImageError, match="in 3 tries"):
+        data._fetch(address + "/mute/s0.tar", io.BytesIO(), retries=2, backoff=0.01, timeout=0.05)
+    assert shelf.asked["/mute/s0.tar"] == 3
+    gone = ShardCrops([str(tmp_path / "s0.tar"), "http://127.0.0.1:9/s.tar"], 64, 5, cache=tmp_path / "cache", retries=1,
+                      backoff=0.01)
+    assert "could not be fetched in 2 tries" in sentence(gone.batch, 0)  # not left out: the run would be another one
+    shelf["/long"] = bytes(3000)
+    with pytest.raises(ImageError, match="longer than"): data._fetch(address + "/long", io.BytesIO(), max_bytes=2000)
+
+
+def test_closing_ends_a_download(tars, tmp_path, web):
+    shelf, address = web
+    put(shelf, tmp_path)
+    shelf["/endless/s1.tar"] = b""
+    crops = ShardCrops([str(tmp_path / "s0.tar"), address + "/endless/s1.tar"], 64, 5, cache=tmp_path / "cache", threads=2)
+    stream = crops.prefetch()
+    wait_for(lambda: shelf.asked["/endless/s1.tar"])
+    stream.close()
+    assert not running()
+    wait_for(lambda: not [t for t in threading.enumerate() if t.name == "ShardCrops"])
+
+
+def test_import_is_light():
+    """What speaks HTTP is loaded when it is needed."""
+    import subprocess
+    import sys
+
+    code = "import sys, hific_nb.data; print(*(set(sys.modules) & {'requests', 'urllib3', 'matplotlib', 'skimage'}))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not loaded
