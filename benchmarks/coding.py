@@ -6,9 +6,11 @@ One process, one thread. Symbols are Gaussian with log-normal scales, at about 2
 that of the whole stream over sum(-log2 p) under the densities before they became tables. Speed is that of the fastest
 call, in Msymbols/s and as a ratio to CompressAI's C++ rANS in the same run, or to constriction where that is not
 installed. "coder" is the call alone, on the arrays that it takes; "tensors" begins with a tensor of residuals and one of
-scales and ends with a tensor: rounding, table indexes on both sides, casts and copies.
+scales, whole numbers in float64 as the exact hyper-synthesis makes them, and ends with a tensor: rounding, table indexes
+on both sides, casts and copies. What the first call of a fresh process waits for is measured in processes of their own.
 
-CompressAI is measured if its compiled modules can be found: `pip install --no-deps compressai==1.2.8`, or with `--target FOLDER`
+CompressAI gets float32 scales and a binary search for its indexes, which is faster than its own way of finding them.
+It is measured if its compiled modules can be found: `pip install --no-deps compressai==1.2.8`, or with `--target FOLDER`
 to leave the environment alone. Its tables (64 scales, the next larger one, 16 bits) are its own.
 """
 
@@ -17,7 +19,11 @@ import datetime
 import importlib.util
 import json
 import math
+import os
 import platform
+import subprocess
+import sys
+import tempfile
 import time
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -29,15 +35,19 @@ import torch
 from hific_nb.coders import CoderUnavailableError, get_coder, list_coders
 from hific_nb.config import HificError, write_atomic
 from hific_nb.entropy_models import interval_likelihood, scale_grid, scale_tables, scale_thresholds
+from hific_nb.hyperprior import ThresholdLookup
 
 SHAPE = (220, 32, 48)
 SPREADS = {2.1: -0.15, 0.6: -1.5, 0.18: -2.38}  # bits a symbol -> mean of the logarithm of the scales
 
 
+UNIT = 2.0 ** -36  # one step of the integer scales of a stored model
+
+
 def latents(spread, seed=9):
     rng = np.random.default_rng(seed)
     scales = np.exp(rng.normal(size=SHAPE) + spread).clip(0.11, 256)
-    return torch.from_numpy(rng.normal(size=SHAPE) * scales).float(), torch.from_numpy(scales).float()
+    return torch.from_numpy(rng.normal(size=SHAPE) * scales).float(), torch.from_numpy(np.rint(scales / UNIT))
 
 
 class Ours:
@@ -45,9 +55,12 @@ class Ours:
 
     def __init__(self, name):
         self.name, self.coder = name, get_coder(name)
-        self.tables, self.thresholds = scale_tables(scale_grid()), torch.from_numpy(scale_thresholds(scale_grid())).float()
+        self.tables = scale_tables(scale_grid())
+        self.lookup = ThresholdLookup(torch.from_numpy(np.rint(scale_thresholds(scale_grid()) / UNIT)))
 
-    def indexes(self, scales): return torch.bucketize(scales, self.thresholds, out_int32=True)
+    def scales(self, whole): return whole
+
+    def indexes(self, scales): return self.lookup(scales)
 
     def plain(self, tensor): return tensor.numpy()
 
@@ -85,6 +98,10 @@ class CompressAI(Ours):
             self.cdfs.append(cdf)
             self.sizes.append(len(cdf))
             self.offsets.append(-half)
+
+    def scales(self, whole): return (whole * UNIT).float()
+
+    def indexes(self, scales): return torch.bucketize(scales, self.thresholds, out_int32=True)
 
     def plain(self, tensor): return tensor.tolist()
 
@@ -132,11 +149,12 @@ def to_tensor(coder, data, scales): return coder.to_tensor(coder.decode(data, No
 def measure(coders, repeat):
     rows = []
     for rate, spread in SPREADS.items():
-        residuals, scales = latents(spread)
+        residuals, whole = latents(spread)
         rounded, n = torch.round(residuals), residuals.numel()
-        ideal = -float(torch.log2(interval_likelihood(rounded.double(), torch.zeros(()), scales.double())).sum())
+        ideal = -float(torch.log2(interval_likelihood(rounded.double(), torch.zeros(()), whole * UNIT)).sum())
         tasks, sizes = {}, {}
         for coder in coders:
+            scales = coder.scales(whole)
             arrays = coder.prepare(residuals, scales)
             data = coder.encode(*arrays)
             if not torch.equal(coder.to_tensor(coder.decode(data, *arrays)), rounded):
@@ -155,6 +173,42 @@ def measure(coders, repeat):
             rows.append(row)
         print(f"  {rate} bit a symbol: done", flush=True)
     return rows
+
+
+FIRST = """
+import json, sys, time
+import numpy as np
+from hific_nb.coders import get_coder
+from hific_nb.entropy_models import tables_from_pmfs
+from hific_nb.rans import coding_tables
+tables, zeros = tables_from_pmfs([[0.5]], [0]), np.zeros(100, np.int32)
+coding_tables(tables)
+coder = get_coder()
+data = get_coder("rans-numpy").encode([(zeros, zeros, tables)])
+def call():
+    begin = time.perf_counter(), time.process_time()
+    if sys.argv[1] == "encode": coder.encode([(zeros, zeros, tables)])
+    else: coder.decoder(data).read(zeros, tables)
+    return time.perf_counter() - begin[0], time.process_time() - begin[1]
+first, second = call(), call()
+print(json.dumps([a - b for a, b in zip(first, second)]))
+"""
+
+
+def first_call(repeat=5):
+    """Seconds, and those of the processor, that the first call of a fresh process takes longer than the second: compiled
+    before, and when the kernels must be compiled."""
+    def run(way, folder=None):
+        env = os.environ | ({"NUMBA_CACHE_DIR": folder} if folder else {})
+        done = subprocess.run([sys.executable, "-c", FIRST, way], env=env, capture_output=True, text=True, check=True)
+        return json.loads(done.stdout)
+    found = {}
+    for way in ("encode", "decode"):
+        run(way)
+        with tempfile.TemporaryDirectory() as folder: cold = run(way, folder)
+        wall, cpu = (min(times) for times in zip(*(run(way) for _ in range(repeat))))
+        found[way] = dict(wait=wall, processor=cpu, wait_when_compiling=cold[0], processor_when_compiling=cold[1])
+    return found
 
 
 def table(rows, reference):
@@ -201,10 +255,15 @@ def main():
     reference = next(name for name in ("CompressAI", "constriction", "rans") if name in names)
     rows = measure(coders, args.repeat)
     table(rows, reference)
+    first = first_call()
+    print("\nFirst call of a fresh process, seconds longer than the second one")
+    for way, t in first.items():
+        print(f"    {way}: {t['wait']:.3f} ({t['processor']:.3f} of the processor); when it must compile "
+              f"{t['wait_when_compiling']:.1f} ({t['processor_when_compiling']:.1f})")
     if args.out:
         packages = ("torch", "numpy", "numba", "torchac", "constriction")
         about = dict(date=datetime.date.today().isoformat(), processor=processor(), threads=1, repeat=args.repeat,
-                     symbols=math.prod(SHAPE), reference=reference, skipped=skipped,
+                     symbols=math.prod(SHAPE), reference=reference, skipped=skipped, first_call=first,
                      versions={"python": platform.python_version()} | {p: installed(p) for p in packages})
         if "CompressAI" in names: about["versions"]["compressai"] = installed("compressai") or "1.2.8"
 
@@ -212,7 +271,7 @@ def main():
             if isinstance(value, dict): return {k: short(v) for k, v in value.items()}
             return float(f"{value:.5g}") if isinstance(value, float) else value
         lines = ",\n  ".join(json.dumps(short(row)) for row in rows)
-        text = json.dumps(about, indent=1)[:-2] + f',\n "rows": [\n  {lines}\n ]\n}}\n'
+        text = json.dumps(short(about), indent=1)[:-2] + f',\n "rows": [\n  {lines}\n ]\n}}\n'
         write_atomic(args.out, text.encode())
 
 

@@ -62,8 +62,11 @@ class Coder(ABC):
     id: int
     same_bytes_as: str | None = None
 
-    def require(self) -> None:  # noqa: B027
-        "Raises `CoderUnavailableError` where a package or a compiler that this coder needs is missing."
+    def require(self, build: bool = True) -> None:  # noqa: B027
+        """Raises `CoderUnavailableError` where a package or a compiler that this coder needs is missing.
+
+        build: whether it may compile what is not compiled yet; for a file, which anybody may have written, it must not.
+        """
 
     @abstractmethod
     def encode(self, parts: Sequence[Part]) -> bytes:
@@ -144,9 +147,8 @@ def _from_digits(counts: np.ndarray, digits: np.ndarray) -> np.ndarray:
 _MODELS = weakref.WeakKeyDictionary()  # tables -> {row: constriction's model of it}
 
 
-def _missing(name: str, reason: str) -> CoderUnavailableError:
-    return CoderUnavailableError(f"The coder {name!r} cannot be used here: {reason}; type "
-                                 "`pip install 'hific_nb[coders]'`.")
+def _missing(name: str, reason: str, command: str = "pip install 'hific_nb[coders]'") -> CoderUnavailableError:
+    return CoderUnavailableError(f"The coder {name!r} cannot be used here: {reason}; type `{command}`.")
 
 
 def _constriction():
@@ -169,7 +171,7 @@ class ConstrictionCoder(Coder):
 
     name, id = "constriction", 3
 
-    def require(self) -> None: _constriction()
+    def require(self, build: bool = True) -> None: _constriction()
 
     def encode(self, parts: Sequence[Part]) -> bytes:
         stream = _constriction()
@@ -236,8 +238,11 @@ _ARRAYS = weakref.WeakKeyDictionary()  # tables -> what _torchac_arrays makes of
 _LOADING = threading.Lock()
 
 
-def _torchac():
-    "The package torchac. Its first import on a machine compiles C++ for half a minute; torch keeps the result."
+def _torchac(build: bool):
+    """The package torchac. Its first import on a machine compiles C++ for half a minute, and torch keeps the result.
+
+    Without `build` only what is compiled already is loaded.
+    """
     with _LOADING:
         if "torchac" in sys.modules: return sys.modules["torchac"]
         slow = threading.Timer(3, print, ["torchac compiles its C++ now, once: this takes about half a minute."],
@@ -247,13 +252,23 @@ def _torchac():
             from torch.utils import cpp_extension
 
             def load_quietly(*args, **options): return load(*args, **{**options, "verbose": False})
+            def load_compiled(name, *args, **options): return _import_library(name, os.path.join(folder, f"{name}.so"))
+            folder = cpp_extension._get_build_directory("torchac_backend", False)
             load, path = cpp_extension.load, os.environ.get("PATH", os.defpath)
         except ImportError as error: raise _missing("torchac", str(error)) from None
+        if not build:
+            cpp_extension.load = load_compiled
+            try: import torchac
+            except ImportError:
+                raise _missing("torchac", "its C++ is not compiled on this machine yet, and reading a file does not start a "
+                               "compiler", 'python -c "import hific_nb.coders as c; c.get_coder(\'torchac\')"') from None
+            finally: cpp_extension.load = load
+            return torchac
         try:
             os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), path])  # where pip puts ninja
             cpp_extension.load = load_quietly
             slow.start()
-            _await_other_builds(os.path.join(cpp_extension._get_build_directory("torchac_backend", False), "lock"))
+            _await_other_builds(os.path.join(folder, "lock"))
             import torchac
         except Exception as error:  # whatever compiling can raise
             reason = str(error).splitlines()[0].rstrip(".:")
@@ -263,6 +278,14 @@ def _torchac():
             slow.cancel()
             cpp_extension.load, os.environ["PATH"] = load, path
         return torchac
+
+
+def _import_library(name: str, path: str):
+    "The compiled module `name` from its file; what is missing, or made for another PyTorch, raises `ImportError`."
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _await_other_builds(lock: str, patience: float = 300.0) -> None:
@@ -303,12 +326,12 @@ class TorchacCoder(Coder):
 
     name, id = "torchac", 2
 
-    def require(self) -> None: _torchac()
+    def require(self, build: bool = True) -> None: _torchac(build)
 
     def encode(self, parts: Sequence[Part]) -> bytes:
         import torch
 
-        torchac, out = _torchac(), []
+        torchac, out = _torchac(build=True), []
         for part in parts:
             symbols, indexes, ready = check_part(*part)
             arrays = _torchac_arrays(part[2], ready)
@@ -330,7 +353,7 @@ class TorchacDecoder(Decoder):
     "Reads a stream of `TorchacCoder`. Sections and escapes are checked; within a section torchac cannot see damage."
 
     def __init__(self, data: bytes):
-        self._torchac, self._data, self._position = _torchac(), bytes(data), 0
+        self._torchac, self._data, self._position = _torchac(build=False), bytes(data), 0
 
     def _take(self, size: int) -> bytes:
         begin, self._position = self._position, self._position + size
@@ -396,11 +419,12 @@ def register_coder(coder: Coder) -> None:
 def get_coder(name: str | int = "rans") -> Coder:
     """The coder of that name, or the one that reads streams of that id.
 
-    `UnknownCoderError` says what there is; its subclass `CoderUnavailableError` what to install for the one wanted.
+    `UnknownCoderError` says what there is; its subclass `CoderUnavailableError` what to type for the one wanted. A name,
+    which a person chose, may have torchac compiled, and says so; a number, which a file may say, never does.
     """
     for coder in _CODERS.values():
         if name in (coder.name, coder.id):
-            coder.require()
+            coder.require(build=not isinstance(name, int))
             return coder
     what = f"number {name}" if isinstance(name, int) else repr(name)
     raise UnknownCoderError(f"There is no coder {what} here: use one of {', '.join(list_coders())}, or register yours "

@@ -7,6 +7,12 @@ __all__ = ['STATE_LOW', 'MAX_PRECISION', 'LONG_STREAM', 'CodingError', 'CorruptS
            'CodingTables', 'coding_tables', 'check_indexes', 'check_part', 'rans_encode', 'RansDecoder']
 
 # %% ../nbs/05_rans.ipynb #a640b184
+import ctypes
+import hashlib
+import importlib.util
+import inspect
+import os
+import sys
 import threading
 import warnings
 import weakref
@@ -15,10 +21,12 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 
-from .config import HificError
+from .config import HificError, write_atomic
 from .entropy_models import IndexedTables
 
 # %% ../nbs/05_rans.ipynb #1bcd2f15
@@ -374,44 +382,126 @@ def _decode_kernel(out, indexes, rows, decoding, buckets, bucket_bits, precision
     return position
 
 # %% ../nbs/05_rans.ipynb #c332a514
+# What a kernel takes: a whole number, or an array of so many dimensions, with a ! where it is written to.
+_ARGUMENTS = {"encode": "int32:1 uint32:1 number number int32:2 uint64:2 number uint64:1! uint16:1!".split(),
+              "decode": "int32:1! uint32:1 int32:2 int64:1 uint32:1 number number int64:1! uint16:1 number".split()}
 _KERNELS: dict = {}
 _LOCK = threading.Lock()
+
+
+class _Native:
+    "Machine code of a kernel, called like the Python function that it was made from."
+
+    def __init__(self, name: str, code: bytes, symbol: str):
+        import llvmlite.binding as llvm
+
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""),
+                                                  llvm.Target.from_default_triple().create_target_machine(jit=True))
+        self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+        self._engine.finalize_object()
+        self._kinds = [(np.dtype(kind.split(":")[0]), int(kind.split(":")[1][0])) if ":" in kind else None
+                       for kind in _ARGUMENTS[name]]
+        slots = sum(1 if kind is None else 5 + 2 * kind[1] for kind in self._kinds)
+        prototype = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * slots)
+        self._function = prototype(self._engine.get_function_address(symbol))
+
+    def __call__(self, *arguments) -> int:
+        flat = []  # as numba passes them: of an array two owners, size, size of an item, address, shape, strides
+        for kind, value in zip(self._kinds, arguments, strict=True):
+            if kind is None: flat.append(value)
+            elif (value.dtype, value.ndim) == kind and value.flags.c_contiguous:
+                flat += 0, 0, value.size, value.itemsize, value.ctypes.data, *value.shape, *value.strides
+            else: raise TypeError(f"A kernel needs {kind[0]} in {kind[1]} dimensions, not {value.dtype} in {value.ndim}.")
+        result, error = ctypes.c_int64(), ctypes.c_void_p()
+        if self._function(ctypes.byref(result), ctypes.byref(error), *flat): raise RuntimeError("a kernel has failed")
+        return result.value
 
 
 def _compiled(name: str):
     "The compiled kernel `encode` or `decode`, or None where there is no numba."
     with _LOCK:
-        if name not in _KERNELS: _KERNELS[name] = _compile(name, first=not _KERNELS)
+        if name not in _KERNELS: _KERNELS[name] = _load(name, first=not _KERNELS)
         return _KERNELS[name]
 
 
-def _compile(name: str, first: bool):
-    try:
-        from numba import njit, types
-    except ImportError as error:
-        if first: warnings.warn(f"numba cannot be imported ({error}): coding takes the plain path, which writes the same "
-                                "bytes a hundred times slower; `pip install numba`.", RuntimeWarning, stacklevel=4)
+def _load(name: str, first: bool):
+    if importlib.util.find_spec("numba") is None:
+        if first: warnings.warn("numba is not installed: coding takes the plain path, which writes the same bytes a hundred "
+                                "times slower; `pip install numba`.", RuntimeWarning, stacklevel=4)
         return None
+    if any(key.startswith("NUMBA_") and key != "NUMBA_CACHE_DIR" for key in os.environ): return _jit(name)
+    try: return _load_native(name, first)
+    except Exception as error:  # the insides of numba and LLVM are no promise
+        if first: warnings.warn(f"Compiled code cannot be kept with this numba ({error!r}): every process spends seconds on "
+                                "compiling.", RuntimeWarning, stacklevel=4)
+        return _jit(name)
 
-    def given(dtype, dimensions=1): return types.Array(dtype, dimensions, "C", readonly=True)
-    if name == "encode":
-        function, arguments = _encode_kernel, (
-            given(types.int32), given(types.uint32), types.int64, types.int64, given(types.int32, 2),
-            given(types.uint64, 2), types.int64, types.uint64[::1], types.uint16[::1])
+
+def _load_native(name: str, first: bool) -> _Native:
+    folders, file = _kept_in(), _file_name(name)
+    for folder in folders:
+        try: return _Native(name, *_unseal((folder / file).read_bytes()))
+        except (OSError, ValueError): pass  # not there, or damaged
+    print(f"hific_nb compiles its entropy {name}r for this processor, once: this takes a few seconds.", file=sys.stderr)
+    jitted = _jit(name, no_cpython_wrapper=True, no_cfunc_wrapper=True, _nrt=False)  # machine code that calls nothing
+    (result,) = jitted.overloads.values()
+    code, symbol = result.library._get_compiled_object(), result.fndesc.llvm_func_name
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(folder / file, _seal(code, symbol))
+            break
+        except (OSError, HificError) as error: reason = error
     else:
-        function, arguments = _decode_kernel, (
-            types.int32[::1], given(types.uint32), given(types.int32, 2), given(types.int64), given(types.uint32),
-            types.int64, types.int64, types.int64[::1], given(types.uint16), types.int64)
-    options = {"nogil": True, "error_model": "numpy"}
-    try:
-        return njit(types.int64(*arguments), cache=True, **options)(function)
-    except (RuntimeError, OSError) as error:  # no folder to keep it in, or a full disk
-        if first: warnings.warn(f"Compiled code cannot be kept ({error}): every process spends seconds on compiling; set "
-                                "NUMBA_CACHE_DIR to a folder that can be written.", RuntimeWarning, stacklevel=4)
-        return njit(types.int64(*arguments), **options)(function)
+        if first: warnings.warn(f"Compiled code cannot be kept ({reason}): every process spends seconds on compiling; set "
+                                "NUMBA_CACHE_DIR to a folder that can be written.", RuntimeWarning, stacklevel=5)
+    return _Native(name, code, symbol)
+
+
+def _jit(name: str, **options):
+    "The kernel compiled by numba now."
+    from numba import njit, types
+
+    arguments = []
+    for kind in _ARGUMENTS[name]:
+        dtype, _, rest = kind.partition(":")
+        arguments.append(types.Array(getattr(types, dtype), int(rest[0]), "C", readonly="!" not in rest) if rest else types.int64)
+    kernel = _encode_kernel if name == "encode" else _decode_kernel
+    return njit(types.int64(*arguments), nogil=True, error_model="numpy", **options)(kernel)
+
+
+def _kept_in() -> list[Path]:
+    "Folders for machine code, the first that can be written is used: NUMBA_CACHE_DIR, or the package's and the user's."
+    if os.environ.get("NUMBA_CACHE_DIR"): return [Path(os.environ["NUMBA_CACHE_DIR"])]
+    return [Path(inspect.getfile(HificError)).parent / "__pycache__",
+            Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "hific_nb")]
+
+
+def _file_name(name: str) -> str:
+    import llvmlite.binding as llvm
+
+    kernel = _encode_kernel if name == "encode" else _decode_kernel
+    code = kernel.__code__
+    numbers = [kernel.__globals__[key] for key in code.co_names if isinstance(kernel.__globals__.get(key), int)]
+    made_from = (sys.version, version("numba"), version("llvmlite"), llvm.get_host_cpu_name(),
+                 sorted(llvm.get_host_cpu_features().items()), _ARGUMENTS[name], code.co_code, code.co_consts, numbers)
+    return f"rans-{name}-{hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]}.o"
+
+
+def _seal(code: bytes, symbol: str) -> bytes:
+    body = symbol.encode() + b"\0" + code
+    return hashlib.sha256(body).digest() + body
+
+
+def _unseal(data: bytes) -> tuple[bytes, str]:
+    if hashlib.sha256(data[32:]).digest() != data[:32]: raise ValueError("damaged")
+    symbol, _, code = data[32:].partition(b"\0")
+    return code, symbol.decode()
 
 # %% ../nbs/05_rans.ipynb #572b7872
-_CHUNK = 1 << 15  # symbols between two looks at the output
+_CHUNK = 1 << 16  # symbols between two looks at the output
 _WORST = _MAX_DIGITS + 2  # words that one symbol may write
 
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hific_nb import coders
+from hific_nb import coders, rans
 from hific_nb.coders import CoderUnavailableError, coder_name, get_coder, list_coders, table_bits
 from hific_nb.entropy_models import IndexedTables, tables_from_pmfs
 from hific_nb.rans import CorruptStreamError
@@ -284,6 +284,75 @@ def test_without_a_compiler_there_is_a_line_to_type_and_a_killed_build_is_not_wa
                           env=os.environ | {"CXX": "/no/compiler", "TORCH_EXTENSIONS_DIR": str(tmp_path)})
     assert done.returncode == 0, done.stderr
     assert "pip install 'hific_nb[coders]'" in done.stdout and "g++" in done.stdout and done.stdout.count("\n") == 1
+
+
+def test_a_file_never_starts_a_compiler(tmp_path):
+    "Of the two ways to ask for torchac, only the one that a person types may compile it; what is compiled is used."
+    available("torchac")
+    code = ("import sys\n"
+            "from hific_nb.coders import CoderUnavailableError, TorchacCoder, get_coder\n"
+            "for ask in (lambda: get_coder(2), lambda: TorchacCoder().decoder(b'')):\n"
+            "    try: ask()\n"
+            "    except CoderUnavailableError as error: print(error)\n"
+            "    else: print('here')\n")
+    def ask(**variables):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | variables)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+    said = ask(TORCH_EXTENSIONS_DIR=str(tmp_path), CXX="/no/compiler")
+    assert len(said) == 2 and "not compiled on this machine" in said[0] and said[0] == said[1]
+    assert "`python -c \"import hific_nb.coders as c; c.get_coder('torchac')\"`" in said[0]
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+    assert ask(CXX="/no/compiler", PATH="") == ["here", "here"]  # nor is one needed where it is compiled
+
+
+FRESH = """
+import sys
+import numpy as np
+from hific_nb.coders import get_coder
+from hific_nb.entropy_models import tables_from_pmfs
+tables, zeros = tables_from_pmfs([[0.5]], [0]), np.zeros(5000, np.int32)
+symbols = np.arange(5000, dtype=np.int32) % 3
+data = get_coder("rans").encode([(symbols, zeros, tables)])
+assert (get_coder("rans").decoder(data).read(zeros, tables) == symbols).all()
+assert data == get_coder("rans-numpy").encode([(symbols, zeros, tables)])
+print("numba" in sys.modules)
+"""
+
+
+def test_compiled_code_is_kept_and_loaded_without_numba(tmp_path):
+    """What a fresh process waits for is numba: half a second to import, seconds to compile. It needs it once, and says so;
+    a damaged file is made again, and numba's own switches are heard."""
+    def fresh(**variables):
+        env = {key: value for key, value in os.environ.items() if not key.startswith("NUMBA_")}
+        done = subprocess.run([sys.executable, "-W", "error", "-c", FRESH], capture_output=True, text=True,
+                              env=env | dict(NUMBA_CACHE_DIR=str(tmp_path / "kept")) | variables)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip(), done.stderr
+    imported, said = fresh()
+    assert imported == "True" and [line.split(" for ")[0] for line in said.splitlines()] == [
+        "hific_nb compiles its entropy encoder", "hific_nb compiles its entropy decoder"]
+    assert fresh() == ("False", "")
+    files = {path.name.split("-")[1]: path for path in (tmp_path / "kept").iterdir()}
+    good = {name: path.read_bytes() for name, path in files.items()}
+    files["encode"].write_bytes(good["encode"][:-1])
+    files["decode"].write_bytes(b"")
+    assert fresh()[0] == "True" and set(files) == {"encode", "decode"} and fresh() == ("False", "")
+    assert fresh(NUMBA_BOUNDSCHECK="1") == ("True", "")
+    assert {path.name for path in (tmp_path / "kept").iterdir()} == {path.name for path in files.values()}
+
+
+def test_kernels_refuse_arrays_that_they_were_not_made_for():
+    kernel = rans._compiled("decode")
+    if not isinstance(kernel, rans._Native): pytest.skip("numba's own kernel, which checks its arguments itself")
+    ready = rans.coding_tables(LATENTS)
+    right = [np.zeros(4, np.int32), np.zeros(4, np.uint32), ready.rows, ready.decoding, ready.buckets, ready.bucket_bits,
+             ready.precision, np.full(1, 1 << 20), np.zeros(9, np.uint16), 0]
+    assert kernel(*right) >= 0
+    for k, wrong in ((0, np.zeros(4, np.int64)), (1, np.zeros(4, np.uint8)), (1, np.zeros(8, np.uint32)[::2]),
+                     (2, ready.rows.T), (8, np.zeros((3, 3), np.uint16))):
+        with pytest.raises(TypeError): kernel(*right[:k], wrong, *right[k + 1:])
+    with pytest.raises(ValueError): kernel(*right[:-1])
 
 
 def test_nothing_optional_is_imported_before_it_is_wanted():
