@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TrainingError', 'training_dtype', 'ema_update', 'watched_crops', 'held_back_rate', 'warm_start_from', 'Team',
-           'Trainer', 'step_memory', 'memory_limit', 'fitting_batch_size', 'check_memory', 'prepare_run', 'train',
-           'continue_run', 'main', 'record_line']
+           'Trainer', 'step_memory', 'memory_limit', 'fitting_batch_size', 'auto_batch_size', 'check_memory',
+           'prepare_run', 'train', 'continue_run', 'main', 'record_line']
 
 # %% ../nbs/14_training.ipynb #9f81a911
 import json
@@ -30,7 +30,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from .codec import hardware_bfloat16
 from .config import HificError, ModelConfig, Objective, TrainConfig, write_atomic
-from .data import ImageError, PhotoCrops, find_images, holdout_split, image_to_tensor, read_image, split_alpha, tensor_to_image
+from .data import ImageError, image_to_tensor, open_dataset, read_image, split_alpha, tensor_to_image
 from .gan import Discriminator, adversarial_loss, discriminator_loss
 from .model import Model, load_model, rate_distortion_loss, save_model
 from .perceptual import build_perceptual
@@ -55,10 +55,10 @@ def ema_update(decay: float) -> Callable:
     return update
 
 # %% ../nbs/14_training.ipynb #d1430d2e
-def watched_crops(paths: list[Path], limit: int = 16, side: int = 512) -> list[Tensor]:
+def watched_crops(paths: list, limit: int = 16, side: int = 512) -> list[Tensor]:
     """The centres, up to `side` pixels a side, of `limit` photos spread over `paths`: uint8 (1, 3, h, w) each.
 
-    Photos that cannot be read are left out with a warning, those smaller than 64 pixels without.
+    paths: of image files, or whatever else `read_image` takes. Photos that cannot be read are left out with a warning, those smaller than 64 pixels without.
     """
     crops, unit = [], 4 * DOWNSAMPLING
     for path in paths[:: max(1, len(paths) // limit)][:limit]:
@@ -141,6 +141,7 @@ class Team:
         from accelerate import Accelerator
         self._accelerator = Accelerator(cpu=device == "cpu")
         self.rank, self.device = self._accelerator.process_index, self._accelerator.device
+        if self.device.type == "cpu": self.device = torch.device("cpu")  # it says cpu:0, which no checkpoint can be read to
 
     def mean(self, tensors: list[Tensor], most: int = 2 ** 24) -> None:
         "Replace each tensor by its mean over the processes, in place; about `most` numbers travel at a time."
@@ -339,6 +340,15 @@ def fitting_batch_size(trainer: Trainer, memory_gb: float, limit: int | None, mo
     return int(np.clip((0.8 * limit - need["fixed"] - memory_gb * 1e9) / need["per_image"], 1, most))
 
 
+def auto_batch_size(run: str | os.PathLike, model_config: ModelConfig, objective: Objective, train_config: TrainConfig,
+                    memory_gb: float = 2.0, lpips_weights: str | os.PathLike | None = None, device: str | None = None) -> int:
+    "The batch size to begin `run` with on what memory is free, see `fitting_batch_size`; of a run that is there, its own."
+    if (Path(run)/"run.json").exists(): return _read_run(Path(run))["train"]["batch_size"]
+    perceptual = build_perceptual(objective.perceptual if objective.k_P else "none", lpips_weights)
+    trainer = Trainer(Model(model_config), objective, train_config.replace(batch_size=1, accumulate=1), Team(device), perceptual)
+    return fitting_batch_size(trainer, memory_gb, memory_limit(trainer.device))
+
+
 def check_memory(trainer: Trainer, memory_gb: float, limit: int | None) -> dict[str, float]:
     """The need of a run in GB (10**9 bytes): weights, batch, photos, total, free. Raises `TrainingError` where it is too much.
 
@@ -431,14 +441,15 @@ class _StopSignals:
 
 # %% ../nbs/14_training.ipynb #9e91735a
 def prepare_run(run: str | os.PathLike, dataset: str | os.PathLike, model_config: ModelConfig, objective: Objective,
-                train_config: TrainConfig, *, warm_start: str | os.PathLike | None = None, memory_gb: float = 2.0,
-                lpips_weights: str | os.PathLike | None = None, device: str | None = None) -> Path:
+                train_config: TrainConfig, *, data: dict | None = None, warm_start: str | os.PathLike | None = None,
+                memory_gb: float = 2.0, lpips_weights: str | os.PathLike | None = None, device: str | None = None) -> Path:
     """Make the folder of a run and its run.json; of a run that is there, check that it has the same settings.
 
     Raises `TrainingError` for a folder that cannot be made or that holds a run with other settings.
     """
     run = Path(run)
-    settings = dict(dataset=os.fspath(dataset), model=model_config.to_dict(), objective=objective.to_dict(),
+    dataset = [os.fspath(d) for d in dataset] if isinstance(dataset, (list, tuple)) else os.fspath(dataset)
+    settings = dict(dataset=dataset, data=data or {}, model=model_config.to_dict(), objective=objective.to_dict(),
                     train=train_config.to_dict(), warm_start=None if warm_start is None else os.fspath(warm_start))
     freely = dict(memory_gb=memory_gb, lpips_weights=None if lpips_weights is None else os.fspath(lpips_weights), device=device)
     try: run.mkdir(parents=True, exist_ok=True)
@@ -521,14 +532,15 @@ def _sample(model: Model, crops: list[Tensor], dtype: torch.dtype, side: int = 2
 
 # %% ../nbs/14_training.ipynb #9f749e13
 def train(run: str | os.PathLike, dataset: str | os.PathLike, model_config: ModelConfig, objective: Objective,
-          train_config: TrainConfig, *, warm_start: str | os.PathLike | None = None, device: str | None = None,
-          memory_gb: float = 2.0, lpips_weights: str | os.PathLike | None = None, processes: int = 1,
+          train_config: TrainConfig, *, data: dict | None = None, warm_start: str | os.PathLike | None = None,
+          device: str | None = None, memory_gb: float = 2.0, lpips_weights: str | os.PathLike | None = None, processes: int = 1,
           on_record: Callable[[dict], None] | None = None) -> Path:
     """Train a model and return its folder, `run/model`.
 
     run: folder of the run, made if absent; see above for what it gets. The same call again goes on from the last
     checkpoint; with other settings it raises `TrainingError`. A finished run returns at once.
-    dataset: folder of photos, every tenth of which is held back to watch the run.
+    dataset: folder of photos, or tar shards (see `open_dataset`), every tenth of which is held back to watch the run. data:
+    further settings of `open_dataset`, such as dict(scale=(0.5, 1.0), drop_flat=True).
     warm_start: a model folder, or the folder of a run, whose weights to begin with, as far as they fit.
     device: "cpu" or "cuda"; None: a GPU where there is one. memory_gb: 10**9 bytes of decoded photos to keep.
     lpips_weights: folder of the networks behind LPIPS, see room 09.
@@ -537,9 +549,9 @@ def train(run: str | os.PathLike, dataset: str | os.PathLike, model_config: Mode
     steps_per_second, seconds, waiting (share of the time without a batch), and now and then held_back).
     Every random number depends on (seed, step) only, so an interrupted run sees what an uninterrupted one would.
     """
-    run = prepare_run(run, dataset, model_config, objective, train_config, warm_start=warm_start, memory_gb=memory_gb,
+    run = prepare_run(run, dataset, model_config, objective, train_config, data=data, warm_start=warm_start, memory_gb=memory_gb,
                       lpips_weights=lpips_weights, device=device)
-    if processes > 1: return _train_in_processes(run, processes, device, on_record)
+    if processes > 1: return _train_in_processes(run, processes, on_record)
     return continue_run(run, on_record)
 
 
@@ -593,23 +605,25 @@ def _newest_checkpoint(run: Path, device) -> dict | None:
 def _loop(run: Path, trainer: Trainer, about: dict, seconds: float, on_record: Callable | None) -> None:
     c, team = trainer.config, trainer.team
     if trainer.step >= c.n_steps: return
-    training, held_back = holdout_split(find_images(about["dataset"]))
-    crops = PhotoCrops(training, crop_size=c.crop_size, batch_size=c.batch_size, seed=c.seed, memory_gb=about["memory_gb"])
-    watched = watched_crops(held_back or [p for p in training if p not in crops.broken]) if team.rank == 0 else []
+    crops = open_dataset(about["dataset"], c.crop_size, c.batch_size, c.seed, memory_gb=about["memory_gb"], rank=team.rank,
+                         world=team.world, **about["data"])
+    watched = []
+    if team.rank == 0:  # of very few photos none is held back
+        watched = watched_crops(crops.held_back(16) or [p for p in getattr(crops, "paths", []) if p not in crops.broken])
     batches = crops.prefetch(trainer.step)
     board = _Board(run, trainer.step) if team.rank == 0 else None
     last_save = last_log = time.monotonic()
-    logged, waited = trainer.step, 0.0
+    logged = trainer.step
 
     def save():
         if team.rank == 0: _save_checkpoint(run, trainer.state_dict() | dict(seconds=seconds), c.keep_checkpoints)
 
     def log(record):
-        nonlocal seconds, last_log, logged, waited
+        nonlocal seconds, last_log, logged
         now = time.monotonic()
         span, seconds = now - last_log, seconds + now - last_log
-        record |= dict(step=trainer.step, steps_per_second=(trainer.step - logged) / span, waiting=waited / span, seconds=seconds)
-        last_log, logged, waited, sample = now, trainer.step, 0.0, None
+        record |= dict(step=trainer.step, steps_per_second=(trainer.step - logged) / span, waiting=batches.wait_share(), seconds=seconds)
+        last_log, logged, sample = now, trainer.step, None
         if watched and (trainer.step % c.sample_every == 0 or trainer.step == c.n_steps):
             record["held_back"] = held_back_rate(trainer.kept, watched, trainer.perceptual, trainer.dtype)
             sample = _sample(trainer.kept, watched, trainer.dtype)
@@ -623,10 +637,7 @@ def _loop(run: Path, trainer: Trainer, about: dict, seconds: float, on_record: C
         with _StopSignals() as stop, closing(batches):
             try:
                 while trainer.step < c.n_steps:
-                    begun = time.monotonic()
-                    _, batch = next(batches)
-                    waited += time.monotonic() - begun
-                    record = trainer(batch[team.rank:: team.world], stop.whole)
+                    record = trainer(next(batches)[1], stop.whole)
                     if team.rank == 0 and (trainer.step % c.log_every == 0 or trainer.step == c.n_steps): log(record)
                     if trainer.step == c.n_steps or time.monotonic() - last_save > 60 * c.checkpoint_minutes:
                         save()
@@ -639,15 +650,15 @@ def _loop(run: Path, trainer: Trainer, about: dict, seconds: float, on_record: C
         if board is not None: board.close()
 
 # %% ../nbs/14_training.ipynb #93494bdd
-def _launch_command(run: Path, processes: int, device: str | None) -> list[str]:
+def _launch_command(run: Path, processes: int) -> list[str]:
     if find_spec("accelerate") is None:
         raise TrainingError("Training in several processes needs Accelerate: pip install accelerate.")
-    where = ["--cpu"] if device == "cpu" or not torch.cuda.is_available() else ["--multi_gpu"]
-    return [sys.executable, "-m", "accelerate.commands.launch", *where, "--num_processes", str(processes), "--num_machines", "1",
-            "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "hific_nb.training", os.fspath(run)]
+    return [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes),
+            "--num_machines", "1", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no",
+            "-m", "hific_nb.training", os.fspath(run)]
 
 
-def _train_in_processes(run: Path, processes: int, device: str | None, on_record: Callable | None) -> Path:
+def _train_in_processes(run: Path, processes: int, on_record: Callable | None) -> Path:
     "Start the processes of a run, give each new line of its log to `on_record`, and return when they have ended."
     path, seen, child = run/"metrics.jsonl", 0, None
     if path.exists(): seen = len(path.read_text().splitlines())
@@ -661,7 +672,7 @@ def _train_in_processes(run: Path, processes: int, device: str | None, on_record
 
     with _StopSignals(), tempfile.TemporaryFile("w+") as said:
         try:
-            child = subprocess.Popen(_launch_command(run, processes, device), stdout=said, stderr=said)
+            child = subprocess.Popen(_launch_command(run, processes), stdout=said, stderr=said)
             while child.poll() is None:
                 time.sleep(0.2)
                 follow()

@@ -12,12 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.nn.utils import parameters_to_vector
 
 from hific_nb.config import HificError, ModelConfig, Objective, TrainConfig
 from hific_nb.data import PhotoCrops, sample_photo
 from hific_nb.model import Model, load_model
-from hific_nb.training import Trainer, TrainingError, check_memory, prepare_run, step_memory, train
+from hific_nb.training import Trainer, TrainingError, _launch_command, check_memory, prepare_run, step_memory, train
 
 TINY = ModelConfig(transform="light", channels=(8, 8, 12, 16), encoder_blocks=(0, 0, 1, 1), generator_blocks=(0, 0, 1, 1),
                    latent_channels=16, hyperprior_channels=8)
@@ -56,6 +55,9 @@ def uninterrupted(tmp_path_factory, photos):
 
 
 def records(run): return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights_of(module): return torch.cat([p.detach().flatten() for p in module.parameters()])
 
 
 def losses(run): return [record["loss"] for record in records(run)]
@@ -114,7 +116,7 @@ def test_a_finished_run_is_left_alone(photos, uninterrupted):
 
 def test_it_learns_and_leaves_a_report(uninterrupted):
     values = losses(uninterrupted)
-    assert sum(values[-5:]) < 0.8 * sum(values[2:7])
+    assert sum(values[-10:]) < 0.8 * sum(values[:10])
     about = json.loads((uninterrupted / "run.json").read_text())
     assert about["versions"]["torch"] == torch.__version__ and about["finished"] == 40
     assert about["memory"]["total"] > about["memory"]["photos"] == 2.0
@@ -170,7 +172,7 @@ def test_stage_2_on_a_frozen_encoder_reads_the_files_of_stage_1(photos, uninterr
     config = SHORT.replace(n_steps=8, train_encoder=False, **CRITIC)
     train(tmp_path / "gan", photos, TINY, OBJECTIVE, config, warm_start=uninterrupted)
     before, after = (load_model(run / "model") for run in (uninterrupted, tmp_path / "gan"))
-    same = [torch.equal(parameters_to_vector(getattr(before, part).parameters()), parameters_to_vector(getattr(after, part).parameters()))
+    same = [torch.equal(weights_of(getattr(before, part)), weights_of(getattr(after, part)))
             for part in ("Encoder", "Hyperprior", "Generator")]
     assert same == [True, True, False]
     assert {"D_real", "D_fake", "D_accuracy", "adversarial", "discriminator"} <= records(tmp_path / "gan")[0].keys()
@@ -194,9 +196,9 @@ def test_steps_that_are_no_numbers_are_skipped_then_stop_the_run(photos, tmp_pat
                                                           for v in true_loss(x)))
     before = None
     for step in range(12):
-        if step in bad: before = parameters_to_vector(trainer.model.parameters()).clone()
+        if step in bad: before = weights_of(trainer.model).clone()
         trainer(crops.batch(step))
-        if step in bad: assert torch.equal(before, parameters_to_vector(trainer.model.parameters()))
+        if step in bad: assert torch.equal(before, weights_of(trainer.model))
     assert trainer.skipped == 3 and trainer.step == 12
 
 
@@ -266,13 +268,15 @@ from hific_nb.model import Model
 from hific_nb.training import Team, Trainer
 torch.set_num_threads(1)
 hific_nb.hyperprior.add_uniform_noise = lambda x: x  # drawn for each part of a batch, else
-photos, out, configs = sys.argv[1], sys.argv[2], eval(sys.argv[3])
+photos, out, weights, configs = sys.argv[1], sys.argv[2], sys.argv[3], eval(sys.argv[4])
 torch.manual_seed(0)
 team = Team("cpu")
 config = TrainConfig.from_dict(configs[1])
-trainer = Trainer(Model(ModelConfig.from_dict(configs[0])), Objective.from_dict(configs[2]), config, team)
-batch = PhotoCrops(photos, crop_size=64, batch_size=4).batch(0)
-record = trainer.gradients(batch[team.rank :: team.world])
+model = Model(ModelConfig.from_dict(configs[0]))
+model.load_state_dict(torch.load(weights))
+trainer = Trainer(model, Objective.from_dict(configs[2]), config, team)
+batch = PhotoCrops(photos, crop_size=64, batch_size=4, rank=team.rank, world=team.world).batch(0)
+record = trainer.gradients(batch)
 both = [*trainer.weights, *trainer.critics]
 torch.save(dict(gradient=torch.cat([p.grad.flatten() for p in both]), lmbda=record["lmbda"]), f"{out}-{team.rank}.pt")
 """
@@ -283,6 +287,8 @@ def test_two_processes_have_the_gradient_of_one(photos, tmp_path):
     (tmp_path / "gradients.py").write_text(GRADIENTS)
     torch.manual_seed(0)
     batch, model = PhotoCrops(photos, crop_size=64, batch_size=4).batch(0), Model(TINY)
+    model.Encoder.layers[-1].weight.data *= 40  # latents that are not all rounded to 0
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
     with torch.no_grad(): rates = model(batch.float() / 255)["bpp_quantized"]
     halves = rates[0::2].mean().item(), rates[1::2].mean().item()
     target = (max(halves) + rates.mean().item()) / 2  # one half above, the whole batch below
@@ -290,10 +296,9 @@ def test_two_processes_have_the_gradient_of_one(photos, tmp_path):
     assert max(halves) > target > rates.mean()
     settings = str([TINY.to_dict(), SHORT.replace(batch_size=4, **CRITIC).to_dict(), objective.to_dict()])
     one = [sys.executable, tmp_path / "gradients.py"]
-    two = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-           "--mixed_precision", "no", "--dynamo_backend", "no", tmp_path / "gradients.py"]
+    two = [*_launch_command(tmp_path, 2)[:-3], tmp_path / "gradients.py"]
     for name, command in (("one", one), ("two", two)):
-        done = subprocess.run([*command, photos, tmp_path / name, settings], capture_output=True, text=True,
+        done = subprocess.run([*command, photos, tmp_path / name, tmp_path / "weights.pt", settings], capture_output=True, text=True,
                               env=os.environ | {"OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr
     alone, *both = (torch.load(tmp_path / f"{name}.pt") for name in ("one-0", "two-0", "two-1"))
