@@ -268,9 +268,11 @@ class InceptionFeatures(nn.Module):
                 weights = torch.load(path, map_location="cpu", weights_only=True)
                 found = self.network.load_state_dict({k: t.float() if t.is_floating_point() else t for k, t in weights.items()},
                                                      strict=False)
-            except FileNotFoundError: raise MetricError(f"There is no file {path} with Inception's weights: check the path.") from None
+            except FileNotFoundError:
+                raise MetricError(f"There is no file {path} with Inception's weights: check the path.") from None
             except Exception as error:  # whatever reading a damaged or foreign file trips over
-                raise MetricError(f"{path} does not hold Inception's weights as pytorch-fid publishes them: get it again.") from error
+                raise MetricError(f"{path} does not hold Inception's weights as pytorch-fid publishes them: get it again."
+                                  ) from error
             missing = [key for key in found.missing_keys if not key.endswith("num_batches_tracked")]
             if missing:
                 raise MetricError(f"{path} lacks {missing[0]} and {len(missing) - 1} more of Inception's tensors: get the file of "

@@ -7,12 +7,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.linalg import sqrtm
 from scipy.ndimage import correlate1d
 from skimage.metrics import peak_signal_noise_ratio
 
 from hific_nb.config import HificError
 from hific_nb.data import find_images, image_to_tensor, read_image, sample_photo
-from hific_nb.metrics import MetricError, bpp, ideal_bits, image_metrics, ms_ssim, psnr
+from hific_nb.metrics import (InceptionFeatures, MetricError, bpp, frechet_distance, ideal_bits, image_metrics, kernel_distance,
+                              ms_ssim, patches, psnr)
 
 
 @pytest.fixture(scope="module")
@@ -177,3 +179,89 @@ def test_image_metrics(photo):
     json.dumps(copy, allow_nan=False)
     with pytest.raises(MetricError, match="One picture"):
         image_metrics(*[image_to_tensor(photo).expand(2, -1, -1, -1)] * 2)
+
+
+def test_patches_of_the_protocol():
+    x = torch.randint(0, 256, (3, 700, 1100), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    cut = patches(x)
+    assert cut.shape == (2 * 4 + 1 * 3, 3, 256, 256) and cut.dtype == torch.uint8
+    assert torch.equal(cut[5], x[:, 256:512, 256:512]) and torch.equal(cut[8], x[:, 128:384, 128:384])
+    assert torch.equal(cut[-1], x[:, 128:384, 640:896])
+    for (h, w), n in {(256, 256): 1, (255, 999): 0, (512, 512): 5, (383, 640): 2, (512, 768): 8, (1024, 256): 4}.items():
+        assert len(patches(x.new_zeros(3, h, w))) == n
+    with pytest.raises(MetricError): patches(x / 255)
+    with pytest.raises(MetricError): patches(x[None])
+
+
+def test_frechet_distance_by_the_textbook():
+    rng = np.random.default_rng(0)
+    for n, m, d in ((400, 300, 20), (30, 40, 60), (20, 500, 60), (2, 2, 5)):  # also fewer samples than dimensions
+        a = rng.normal(size=(n, d)) @ rng.normal(size=(d, d))
+        b = rng.normal(size=(m, d)) @ rng.normal(size=(d, d)) + rng.normal(size=d)
+        sa, sb = np.cov(a.T), np.cov(b.T)
+        # The root by eigenvalues of a symmetric product: sound also for singular covariances, unlike sqrtm.
+        half = (lambda w, v: (v * np.sqrt(np.maximum(w, 0))) @ v.T)(*np.linalg.eigh(sa))
+        cross = np.sqrt(np.maximum(np.linalg.eigvalsh(half @ sb @ half), 0)).sum()
+        want = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(sa + sb) - 2 * cross
+        assert frechet_distance(a, b) == pytest.approx(want, rel=1e-6)
+        assert frechet_distance(torch.from_numpy(b), torch.from_numpy(a)) == pytest.approx(want, rel=1e-6)
+    a = rng.normal(size=(500, 6))
+    assert np.trace(sqrtm(np.cov(a.T) @ np.cov(a.T)).real) == pytest.approx(np.trace(np.cov(a.T)))
+    assert frechet_distance(a, a) < 1e-9
+    turned = a @ np.linalg.qr(rng.normal(size=(6, 6)))[0]
+    assert frechet_distance(a @ np.diag([9, 1, 1, 1, 1, 1]), turned) > 10
+
+
+def test_kernel_distance_is_unbiased():
+    rng = np.random.default_rng(0)
+    values = [kernel_distance(*rng.normal(size=(2, 20, 16))) for _ in range(400)]
+    assert min(values) < 0 < max(values)
+    assert abs(np.mean(values)) < 4 * np.std(values) / 20
+    apart = [kernel_distance(rng.normal(size=(20, 16)), rng.normal(size=(20, 16)) + 0.7) for _ in range(400)]
+    large = kernel_distance(rng.normal(size=(3000, 16)), rng.normal(size=(2500, 16)) + 0.7)  # in several pieces
+    assert np.mean(apart) == pytest.approx(large, abs=4 * np.std(apart) / 20 + 0.02 * large)
+    a, b = rng.normal(size=(5, 3)), rng.normal(size=(4, 3))
+    def k(x, y): return (x @ y / 3 + 1) ** 3
+    want = (sum(k(x, y) for i, x in enumerate(a) for j, y in enumerate(a) if i != j) / 20
+            + sum(k(x, y) for i, x in enumerate(b) for j, y in enumerate(b) if i != j) / 12
+            - 2 * sum(k(x, y) for x in a for y in b) / 20)
+    assert kernel_distance(a, b) == pytest.approx(want)
+
+
+@pytest.mark.parametrize("distance", [frechet_distance, kernel_distance])
+def test_set_distances_refuse(distance):
+    a = np.ones((4, 3))
+    for wrong in ((a, a[:, :2]), (a[:1], a), (a[0], a), (a, a * np.inf), (np.ones((4, 0)), np.ones((4, 0)))):
+        with pytest.raises(MetricError): distance(*wrong)
+
+
+def invented_inception():
+    """Weights that follow from their names and places alone, under the names of the published file."""
+    weights = {}
+    state = InceptionFeatures().network.state_dict()
+    for j, key in enumerate(sorted(k for k in state if not k.endswith("num_batches_tracked"))):
+        i = np.arange(state[key].numel(), dtype=np.float64)
+        w = np.cos(0.7 * i * (1 + 1e-3 * j) + 1.3 * j + (0.001 * i * i) % 6.283185307179586)
+        if ".conv." in key: w *= 1.4 / np.sqrt(np.prod(state[key].shape[1:]))
+        else: w = 0.1 * w + (key.split(".")[-1] in ("weight", "running_var"))
+        weights[key] = torch.from_numpy(w.reshape(state[key].shape)).float()
+    return weights
+
+
+def test_inception_is_the_network_of_the_fid(tmp_path):
+    """The figures are those of torch-fidelity 0.4.0's own network with the same weights and input (largest difference 6e-8)."""
+    weights = invented_inception()
+    file = tmp_path / "pt_inception.pth"
+    torch.save({**weights, "fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}, file)
+    yy, xx = np.mgrid[:256, :256]
+    image = np.stack([0.5 + 0.25 * np.cos(0.05 * (c + 1) * xx + 0.03 * yy * (3 - c))
+                      + 0.25 * np.sin(0.11 * yy - 0.07 * xx * (c + 1)) for c in range(3)])
+    features = InceptionFeatures(file)(torch.from_numpy(np.rint(image * 255).astype(np.uint8))[None])[0]
+    assert features.shape == (2048,)
+    assert features[::256].tolist() == pytest.approx([0.00717, 0.05714, 0.00263, 0.00665, 0, 0.001, 0.00592, 0], abs=2e-5)
+    assert float(features.mean()) == pytest.approx(0.0578156, abs=1e-6)
+    for broken, reason in ((dict(list(weights.items())[3:]), "lacks"), ({}, "lacks"), ({"a": 1}, "does not hold")):
+        torch.save(broken, file)
+        with pytest.raises(MetricError, match=reason): InceptionFeatures(file)
+    file.write_bytes(b"text")
+    with pytest.raises(MetricError, match="get it again"): InceptionFeatures(file)
