@@ -23,8 +23,8 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from .config import HificError, ModelConfig, Objective, write_atomic
-from .entropy_models import (FactorizedDensity, IndexedTables, TableError, factorized_tables, scale_grid,
-                                     scale_tables)
+from .entropy_models import (DECISION_LEVELS, MIXTURE, FactorizedDensity, IndexedTables, TableError,
+                                     decision_probabilities, decision_tables, factorized_tables, scale_grid, scale_tables)
 from .hyperprior import Hyperprior
 from .transforms import DOWNSAMPLING, build_transforms
 
@@ -146,7 +146,8 @@ def rate_distortion_loss(out: dict[str, Tensor], x: Tensor, objective: Objective
 class Coding:
     """What the entropy coder of one model needs beside the networks: computed once, stored, never rebuilt.
 
-    hyperlatents: a table row per channel. latents: a table row per scale. scales: (rows,) float64, those scales.
+    hyperlatents: a table row per channel. latents: a table row per scale. scales: (rows,) float64, those scales. Of a mixture,
+    whose latents are told by answers of yes and no, a row per probability of a yes, and those probabilities.
     gains, inverse_gains: (levels, C) int32, in units of 2**-16, of a model with rate levels, else None.
     """
     hyperlatents: IndexedTables
@@ -165,9 +166,12 @@ class Coding:
         if not isinstance(density, FactorizedDensity):
             raise ModelError(f"A {type(model.Hyperprior).__name__} has no tables: to code files, a hyperprior needs a "
                              "FactorizedDensity named hyperlatent_likelihood.")
-        scales = scale_grid(smallest=model.config.min_scale)
         gains = _fixed_point_gains(model.Gains) if model.config.rate_levels else (None, None)
-        return cls(factorized_tables(density), scale_tables(scales, model.config.likelihood), scales, *gains)
+        if model.config.likelihood == MIXTURE: latents, scales = decision_tables(), decision_probabilities()
+        else:
+            scales = scale_grid(smallest=model.config.min_scale)
+            latents = scale_tables(scales, model.config.likelihood)
+        return cls(factorized_tables(density), latents, scales, *gains)
 
     def tensors(self) -> dict[str, np.ndarray]:
         "The tables as arrays for a file; rows are stored end to end as frequencies."
@@ -338,6 +342,8 @@ def load_model(folder: str | os.PathLike) -> Model:
         model.coding = Coding.from_tensors({name: t.numpy() for name, t in tables.items()})
         rows, channels = model.coding.hyperlatents.rows, config.hyperprior_channels
         if rows != channels: raise TableError(f"there are {rows} tables for {channels} channels of hyperlatents")
+        if config.likelihood == MIXTURE and model.coding.latents.rows != DECISION_LEVELS:
+            raise TableError(f"a mixture needs {DECISION_LEVELS} tables of yes and no, not {model.coding.latents.rows}")
         gains = None if model.coding.gains is None else model.coding.gains.shape
         if gains != ((config.rate_levels, config.latent_channels) if config.rate_levels else None):
             raise TableError(f"the gains are {gains or 'missing'}, for {config.rate_levels} rate levels")
