@@ -71,15 +71,19 @@ class Baseline:
         image = _plain(image)
         try: return self.encode(image, quality)
         except (OSError, ValueError, RuntimeError) as error:  # WebP, for one, ends at 16383 pixels
-            raise BaselineError(f"{self.label} cannot store a picture of {image.width} x {image.height} ({error}).") from error
+            raise BaselineError(f"{self.label} cannot store a picture of {image.width} x {image.height} ({_first_line(error)})."
+                                ) from error
 
     def decompress(self, data: bytes) -> Image.Image:
         "The bytes of a file to an RGB picture; raises `BaselineError` for others."
         self.check()
         try: image = self.decode(bytes(data))
         except (OSError, ValueError, SyntaxError, RuntimeError, EOFError) as error:  # what Pillow and its plugins raise
-            raise BaselineError(f"These bytes are not {self.label}, or damaged ({error}).") from error
+            raise BaselineError(f"These bytes are not {self.label}, or damaged ({_first_line(error)}).") from error
         return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _first_line(error: Exception) -> str: return (str(error).splitlines() or [type(error).__name__])[0].strip().rstrip(".")
 
 
 def _plain(image) -> Image.Image:
