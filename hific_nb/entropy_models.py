@@ -340,7 +340,7 @@ def decision_tables(precision: int = 14) -> IndexedTables:
 def decision_rows(yes: np.ndarray, no: np.ndarray) -> np.ndarray:
     """The row of `decision_tables` for answers whose masses are `yes` and `no`, on any common scale; uint8.
 
-    yes, no: whole numbers, int64, not negative, with a sum below 2**38. Integer arithmetic only.
+    yes, no: whole numbers, int64, not negative, with a sum of at most 2**38. Integer arithmetic only.
     """
     p = (yes + 1 << 24) // (yes + no + 2)  # no division by 0, and neither answer is ever impossible
     return np.searchsorted(_DECISION_THRESHOLDS, p, side="right").astype(np.uint8)
