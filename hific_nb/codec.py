@@ -23,10 +23,10 @@ from torch.nn import functional as F
 from .coders import UnknownCoderError, coder_name, get_coder
 from .config import REGIMES, HificError, ModelConfig, write_atomic
 from .data import ImageError, image_to_tensor, read_image, split_alpha, tensor_to_image
-from .entropy_models import interval_likelihood, scale_thresholds
 from .hfc import (ICC_PROFILE, TILE_UNIT, CorruptError, HfcFile, Tile, check_model, pack, read_hfc,
                           write_hfc)
-from .hyperprior import HYPER_DOWNSAMPLING, HYPERLATENT_BOUND, IntegerSynthesis
+from .hyperprior import (HYPER_DOWNSAMPLING, HYPERLATENT_BOUND, PredictedMixtures, exact_synthesis, read_symbols,
+                                 symbol_parts)
 from .metrics import bpp, image_metrics
 from .model import GAIN_UNIT, Coding, Model, model_fingerprint
 from .rans import CodingError, CorruptStreamError
@@ -57,15 +57,16 @@ class Latents:
     """A picture between the encoder and the generator.
 
     width, height: of the picture, in pixels. symbols: (C, h, w) int32, round(y - mean), what is coded; h and w are the
-    sides over 16, rounded up. hyperlatents: (N, ceil(h/4), ceil(w/4)) int32, coded first. indexes: (C, h, w) int64, the
-    table row of each symbol. y_hat: (1, C, h, w) float32, mean + symbols, behind the inverse gains of the level: what the
-    generator sees. level: of the model's rates, None for a model with one. streams: the file's named streams.
+    sides over 16, rounded up. hyperlatents: (N, ceil(h/4), ceil(w/4)) int32, coded first. indexes: (C, h, w) whole numbers,
+    the table row of each symbol, or their mixtures (room 04). y_hat: (1, C, h, w) float32, mean + symbols, behind the inverse
+    gains of the level: what the generator sees. level: of the model's rates, None for a model with one. streams: the file's
+    named streams.
     """
     width: int
     height: int
     symbols: np.ndarray
     hyperlatents: np.ndarray
-    indexes: np.ndarray
+    indexes: np.ndarray | PredictedMixtures
     y_hat: Tensor
     alpha: Image.Image | None = field(default=None, repr=False)
     level: int | None = None
@@ -97,8 +98,7 @@ class Codec:
         self.coding = getattr(model, "coding", None) or Coding.from_model(model)
         self.fingerprint = model_fingerprint(model, self.coding)
         self.name, self.dtype, self.coder, self.max_pixels = name, dtype, get_coder(coder), max_pixels
-        self.index_synthesis = IntegerSynthesis(model.Hyperprior.synthesis_std,
-                                                scale_thresholds(self.coding.scales)).to(self.device)
+        self.index_synthesis = exact_synthesis(model.Hyperprior, self.coding.scales).to(self.device)
         self._gains = None if self.coding.gains is None else [
             torch.from_numpy(gains).to(self.device).float()[:, None, :, None, None] * GAIN_UNIT
             for gains in (self.coding.gains, self.coding.inverse_gains)]  # (levels, 1, C, 1, 1), exact in float32
@@ -178,11 +178,10 @@ class Codec:
         return replace(picture, symbols=symbols[0].to(torch.int32).cpu().numpy(), indexes=indexes, level=level,
                        hyperlatents=z[0].to(torch.int32).cpu().numpy(), y_hat=self._unscaled(mean + symbols, level))
 
-    def _predict(self, z: Tensor, size: tuple[int, int]) -> tuple[Tensor, np.ndarray]:
-        "Means (1, C, h, w) and table indexes (C, h, w) from hyperlatents (1, N, hz, wz)."
-        h, w = size
-        mean = self.model.Hyperprior.synthesis_mu(z)[..., :h, :w]
-        return mean, self.index_synthesis(z, (h, w)).cpu().numpy()
+    def _predict(self, z: Tensor, size: tuple[int, int]) -> tuple[Tensor, np.ndarray | PredictedMixtures]:
+        "From hyperlatents (1, N, hz, wz): means, (1, C, h, w) or 0, and the table indexes (C, h, w), or what takes their place."
+        indexes = self.index_synthesis(z, size)
+        return self.model.Hyperprior.means(z, size), indexes.cpu().numpy() if isinstance(indexes, Tensor) else indexes
 
     def _unscaled(self, y: Tensor, level: int | None) -> Tensor:
         "Quantized latents (1, C, h, w) as the generator takes them."
@@ -246,12 +245,8 @@ class Codec:
     @torch.inference_mode()
     def ideal_bits(self, latents: Latents) -> float:
         "The code length sum(-log2 p) of these symbols under the model's densities before they became tables, in bits."
-        prior = self.model.Hyperprior
-        z = torch.from_numpy(latents.hyperlatents)[None].to(self.device).float()
-        _, scale = prior.synthesize(z, latents.symbols.shape[1:])
-        symbols = torch.from_numpy(latents.symbols)[None].to(self.device).double()
-        p = interval_likelihood(symbols, torch.zeros_like(symbols), scale.double(), prior.cdf)
-        return float(-torch.log2(p).sum() - torch.log2(prior.hyperlatent_likelihood(z.double())).sum())
+        symbols, z = (torch.from_numpy(a)[None].to(self.device) for a in (latents.symbols, latents.hyperlatents))
+        return sum(float(bits.sum()) for bits in self.model.Hyperprior.symbol_bits(symbols, z))
 
     # ---- latents to a picture
 
@@ -297,13 +292,13 @@ class Codec:
         file, z = self._frame(latents, tile), latents.hyperlatents
         parts = [(z.ravel(), _channel_indexes(z.shape), self.coding.hyperlatents)]
         if file.tile is None:
-            parts.append((latents.symbols.ravel(), latents.indexes.ravel(), self.coding.latents))
+            parts += symbol_parts(latents.symbols, latents.indexes, self.coding.latents)
             return pack(replace(file, payload=self.coder.encode(parts), alpha=None if file.alpha is None else alpha[0]))
         tiles = []
         for k, coded in enumerate(alpha):
             area = _latents_of(file.tile_box(k))
-            part = latents.symbols[area].ravel(), latents.indexes[area].ravel(), self.coding.latents
-            tiles.append(Tile(self.coder.encode([part]), coded))
+            tile_parts = symbol_parts(latents.symbols[area], latents.indexes[area], self.coding.latents)
+            tiles.append(Tile(self.coder.encode(tile_parts), coded))
         return pack(replace(file, payload=self.coder.encode(parts), tiles=tuple(tiles)))
 
     def compress(self, image, *, quality: float | str | None = None, bpp: float | None = None, max_bytes: int | None = None,
@@ -348,7 +343,7 @@ class Codec:
                 if tile is not None:
                     decoder.close()
                     decoder = get_coder(file.coder).decoder(tile.payload)
-                symbols[area] = decoder.read(indexes[area].ravel(), self.coding.latents).reshape(indexes[area].shape)
+                symbols[area] = read_symbols(decoder, indexes[area], self.coding.latents)
             decoder.close()
         except (CorruptStreamError, CodingError, UnknownCoderError) as error:
             raise CorruptError(f"The file's coded latents cannot be read. {error}") from error
