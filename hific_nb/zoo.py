@@ -158,7 +158,6 @@ def _read_checkpoint(path: Path) -> dict:
                               "for a confirmation): get it again.") from error
 
 # %% ../nbs/12_zoo.ipynb #96202caa
-_PARTS = ("Encoder.", "Generator.", "Hyperprior.")
 _IGNORED = ("perceptual_loss.", "Discriminator.", "Hyperprior.hyperprior_entropy_model.", "Hyperprior.prior_entropy_model.")
 
 
@@ -172,8 +171,7 @@ def _published_config(args: Mapping, weights: Mapping[str, Tensor]) -> ModelConf
     def setting(name: str, otherwise):
         value = args.get(name, otherwise)
         kind = type(otherwise)
-        _require(isinstance(value, kind) or kind is bool and value in (0, 1),
-                 f"the setting {name} must be a {kind.__name__}, not {value!r}")
+        _require(isinstance(value, int if kind is bool else kind), f"the setting {name} must be a {kind.__name__}, not {value!r}")
         return kind(value)
 
     channels = tuple(size(f"Encoder.conv_block{i + 1}.1.weight", 0, width) for i, width in enumerate(paper.channels))
@@ -210,6 +208,10 @@ class ImportedModel(Model):
         return import_discriminator(self.discriminator_state, self.config.normalize_input_image)
 
 
+def _is_state_dict(value) -> bool:
+    return isinstance(value, dict) and all(isinstance(k, str) and isinstance(t, Tensor) for k, t in value.items())
+
+
 def import_published(path: str | os.PathLike) -> ImportedModel:
     """The model in a `.pt` file of the published PyTorch HiFiC (see `PUBLISHED`), float32, on the CPU, in evaluation mode.
 
@@ -220,7 +222,7 @@ def import_published(path: str | os.PathLike) -> ImportedModel:
     path = Path(path)
     content = _read_checkpoint(path)
     weights, args = (content.get(key) if isinstance(content, dict) else None for key in ("model_state_dict", "args"))
-    if not isinstance(weights, dict) or not all(isinstance(t, Tensor) for t in weights.values()) or not isinstance(args, dict):
+    if not _is_state_dict(weights) or not isinstance(args, dict) or not _is_state_dict(content.get("discriminator_state_dict", {})):
         raise CheckpointError(f"{path} holds no model_state_dict with args: it is no checkpoint of the published HiFiC.")
     weights = {key.removeprefix("module."): t for key, t in weights.items()}
     try:
