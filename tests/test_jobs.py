@@ -1,6 +1,7 @@
 """Jobs as papermill runs them."""
 
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -40,13 +41,13 @@ def test_unknown_parameter_is_refused(job, tmp_path, monkeypatch):
     assert failed and failed[0] <= injected + 2, "refused, but not before the work began"
 
 
-def run_job(name, run, parameters, cwd):
+def run_job(name, run, parameters, cwd, environment=None):
     """As `papermill nbs/jobs/NAME.ipynb run/NAME.ipynb -k python3 -p ...` from a folder that is not the clone."""
     run.mkdir(exist_ok=True)
     source, target = JOBS[0].parent / f"{name}.ipynb", run / f"{name}.ipynb"
     command = [sys.executable, "-m", "papermill", source, target, "-k", "python3", "--no-progress-bar"]
     for key, value in {**parameters, "run": run}.items(): command += ["-p", key, str(value)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ | (environment or {}))
     cells = json.loads((run / f"{name}.ipynb").read_text(encoding="utf-8"))
     return done, cells
 
@@ -104,12 +105,13 @@ def test_train_then_compress_with_the_result(tmp_path):
     photos.mkdir()
     for name in ("chelsea", "coffee", "rocket"): sample_photo(name).save(photos / f"{name}.png")
     run = tmp_path / "run"
-    settings = dict(dataset=photos, n_steps="4", batch_size=1, crop_size=64, log_every=1, regime="high", dtype="float32")
+    settings = dict(dataset=photos, n_steps="4", batch_size=1, crop_size=64, log_every=1, regime="high", dtype="float32", perceptual="none")
     done, notebook = run_job("train", run, settings, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert {"train.ipynb", "run.json", "metrics.jsonl", "metrics.json", "checkpoint.pt", "curves.png", "held_back.hfc",
+    assert {"train.ipynb", "run.json", "metrics.jsonl", "metrics.json", "checkpoints", "samples", "curves.png", "held_back.hfc",
             "held_back.png"} <= {p.name for p in run.iterdir()}
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+    assert "widget-view" in str(notebook["cells"][-1]["outputs"]) and "widget-view" in str(notebook["cells"][-2]["outputs"])
     report = json.loads((run / "metrics.json").read_text())
     assert report["steps"] == 4 and report["photo"]["bytes"] == (run / "held_back.hfc").stat().st_size
     codec = Codec.from_pretrained(run / "model")
@@ -120,8 +122,37 @@ def test_train_then_compress_with_the_result(tmp_path):
     assert cli_main(["decompress", str(tmp_path / "c.hfc"), "--model", str(run / "model")]) == 0
 
 
+def test_the_guides_two_commands(tmp_path):
+    """The base model, then the GAN that begins from it, with every network setting of the guide, in absolute steps."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("chelsea", "coffee"): sample_photo(name).save(photos / f"{name}.png")
+    drawing = dict(preset="hific", latent_channels=8, hyperprior_channels=8, n_residual_blocks=1, likelihood_type="logistic",
+                   normalize_input_image=True, use_channel_norm=True)
+    both = dict(dataset=photos, regime="low", n_steps="2", batch_size=2, crop_size=64, log_every=1, dtype="float32",
+                perceptual="ms-ssim", schedule_in="steps", rate_warmup=1, lr_drop_at=500000, **drawing)
+    slim = "from hific_nb import config\nconfig.MODEL_PRESETS['hific'] = config.model_preset('hific').replace(channels=[4, 4, 4, 8, 8])\n"
+    (tmp_path / "ipython" / "profile_default" / "startup").mkdir(parents=True)
+    (tmp_path / "ipython" / "profile_default" / "startup" / "slim.py").write_text(slim)  # the paper's widths take gigabytes
+    environment = dict(IPYTHONDIR=str(tmp_path / "ipython"))
+    done, _ = run_job("train", tmp_path / "base", both | dict(model_type="compression"), tmp_path, environment)
+    assert done.returncode == 0, done.stderr
+    about = json.loads((tmp_path / "base" / "run.json").read_text())
+    assert about["train"]["lr_drop_at"] == 1.0 and about["objective"]["rate_warmup"] == 0.5
+    assert [about["model"][name] for name in ("latent_channels", "likelihood", "normalize_input_image")] == [8, "logistic", True]
+    gan = dict(model_type="compression_gan", warm_start=tmp_path / "base", batch_size="auto", discriminator_channels="4,4,4,4")
+    done, _ = run_job("train", tmp_path / "gan", both | gan, tmp_path, environment)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "gan" / "metrics.json").read_text())
+    assert report["warm_start"]["not_loaded"] == report["warm_start"]["left_over"] == []
+    last = json.loads((tmp_path / "gan" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"D_real", "adversarial", "perceptual"} <= last.keys()
+    assert 2 <= json.loads((tmp_path / "gan" / "run.json").read_text())["train"]["batch_size"] <= 64
+
+
 @pytest.mark.parametrize("settings", [dict(), dict(dataset="photos", n_steps="1.5"), dict(dataset="nowhere", n_steps="4"),
-                                      dict(dataset="photos", regime="hihg")])
+                                      dict(dataset="photos", regime="hihg"),
+                                      dict(dataset="photos", likelihood_type="gausian"), dict(dataset="photos", batch_size="many")])
 def test_train_settings_that_cannot_be(settings, tmp_path):
     (tmp_path / "photos").mkdir()
     sample_photo("chelsea").save(tmp_path / "photos" / "cat.png")
