@@ -152,7 +152,8 @@ def test_kill_and_continue(photos, tmp_path):
         compress, decompress = BASELINES["jpeg"].compress, BASELINES["jpeg"].decompress
 
     fresh = evaluate(photos, [Slow()], tmp_path / "fresh", metrics=["psnr", "ms_ssim"], device="cpu")
-    assert stable(fresh) == [{k: r[k] for k in STABLE} for r in json.loads((tmp_path / "out" / "metrics.json").read_text())["records"]]
+    continued = json.loads((tmp_path / "out" / "metrics.json").read_text())["records"]
+    assert stable(fresh) == [{k: r[k] for k in STABLE} for r in continued]
     assert not [p for p in (tmp_path / "out").rglob("*.tmp") if p.stat().st_mtime > records.stat().st_mtime]
 
 
@@ -365,13 +366,17 @@ def test_on_kodak(shared, weights, tmp_path):
     assert result.compare("jpeg")["avif"]["psnr"] < -30  # AVIF needs far fewer bits
 
 
-def test_vgg16_features(weights):
-    extract = VGG16Features()
-    photo = sample_photo("astronaut")
-    features = patch_features(extract, photo)
-    assert features.shape == (5, 512) and features.dtype == np.float32 and features.min() >= 0
-    alone = extract(image_to_tensor(photo.crop((256, 0, 512, 256)))[None])[0]
-    assert np.allclose(features[1], alone, atol=1e-3)
+def test_vgg16_features(weights, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("astronaut", "coffee"): sample_photo(name).crop((150, 50, 406, 306)).save(folder / f"{name}.png")
+    result = evaluate(folder, ["jpeg"], tmp_path / "out", qualities={"jpeg": [5]}, metrics=["psnr"], features="vgg16", device="cpu")
+    (row,), extract = result.summary(), VGG16Features()
+    assert row["patches"] == 2 and row["fid_vgg16"] > 0 and "kid_vgg16" in row and "fid" not in row
+    assert "in features of vgg16" in result.markdown() and "(VGG16)" in result.markdown()
+    stored = np.load(tmp_path / "out" / result.records[1]["features"])
+    assert stored.shape == (1, 512) and stored.dtype == np.float32 and stored.min() >= 0
+    assert np.allclose(stored, patch_features(extract, result.decoded(result.records[1])), atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------- the job
