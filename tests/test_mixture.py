@@ -18,6 +18,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from hific_nb.codec import Codec
 from hific_nb.coders import CoderUnavailableError, get_coder
 from hific_nb.config import ConfigError, HificError, ModelConfig
 from hific_nb.entropy_models import (
@@ -43,6 +44,7 @@ from hific_nb.hyperprior import (
     read_symbols,
     symbol_parts,
 )
+from hific_nb.model import Model, ModelError, load_model, save_model
 from hific_nb.rans import CorruptStreamError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -498,6 +500,46 @@ def test_what_cannot_be_exact_is_refused(prior):
                     lambda: IntegerMixture(prior.synthesis_DLMM_params, 0.11)(torch.zeros(1, 12, 2, 2), (8, 8))[:, 1:4, :4],
                     lambda: IntegerMixture(prior.synthesis_DLMM_params, 0.11)(torch.zeros(1, 12, 2, 2), (8, 8))[:2, :4, :4]):
         with pytest.raises(HificError): attempt()
+
+
+# ---------------------------------------------------------------------------------------------- from photo to file and back
+
+
+@pytest.mark.parametrize("rate_levels", [0, 5])
+def test_a_model_with_mixtures_makes_files(tmp_path, rate_levels):
+    torch.manual_seed(0)
+    config = ModelConfig(transform="light", channels=(4, 4, 4, 4), n_residual_blocks=0, latent_channels=6, hyperprior_channels=8,
+                         likelihood="mixture", rate_levels=rate_levels)
+    model = Model(config)
+    with torch.no_grad():
+        model.Encoder.layers[-1].weight.mul_(20)
+        model.Hyperprior.analysis_net.conv3.weight.mul_(8)
+    codec = Codec(load_model(save_model(model, tmp_path / "model")), device="cpu", dtype=torch.float32)
+    rng = np.random.default_rng(0)
+    photo = torch.from_numpy(rng.integers(0, 256, (3, 150, 205), np.uint8))
+    latents = codec.encode_latents(photo)
+    assert latents.symbols.std() > 0.3 and latents.symbols.shape == (6, 10, 13)
+    elsewhere = Codec(load_model(tmp_path / "model"), device="cpu", dtype=torch.float32)
+    for tile in (0, 64, 128):
+        data = codec.encode(latents, tile)
+        back = elsewhere.decode_latents(data)
+        assert np.array_equal(back.symbols, latents.symbols) and np.array_equal(back.hyperlatents, latents.hyperlatents)
+        assert torch.equal(back.y_hat, latents.y_hat) and elsewhere.decompress(data).size == (205, 150)
+        if not tile: assert len(data) <= codec.ideal_bits(latents) / 8 * 1.005 + 40
+    if not rate_levels: assert torch.equal(latents.y_hat[0], torch.from_numpy(latents.symbols).float())  # whole numbers
+    path = tmp_path / "model" / "config.json"
+    path.write_text(path.read_text().replace('"mixture_components": 4', '"mixture_components": 3'))
+    with pytest.raises(ModelError, match="conv_out"): load_model(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["whole", "tiles"])
+def test_golden_files_decode_for_ever(name):
+    folder = Path(__file__).resolve().parent / "golden_mixture"
+    codec, data = Codec(load_model(folder / "model"), device="cpu", dtype=torch.float32), (folder / f"{name}.hfc").read_bytes()
+    with np.load(folder / "content.npz") as content: symbols, z = content["symbols"], content["hyperlatents"]
+    latents = codec.decode_latents(data)
+    assert np.array_equal(latents.symbols, symbols) and np.array_equal(latents.hyperlatents, z)
+    assert codec.encode(latents, 64 if name == "tiles" else 0) == data
 
 
 # ---------------------------------------------------------------------------------------------- on every machine
