@@ -115,7 +115,7 @@ def test_every_option(option, tmp_path):
         assert torch.equal(original.synthesis(original.analysis(x)), imported.synthesis(imported.analysis(x)))
 
 
-@pytest.mark.parametrize("option", [option for option in OPTIONS if option != "mixture"])
+@pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_compresses(option, tmp_path):
     config, args = OPTIONS[option]
     published(tmp_path / "m.pt", NARROW.replace(**config), args)
@@ -232,6 +232,9 @@ def broken(name, path):
     elif name == "a list": torch.save([1, 2], path)
     elif name == "no args": torch.save(dict(model_state_dict=weights), path)
     elif name == "not tensors": published(path, weights={key: 3})
+    elif name == "no names": published(path, weights={7: torch.zeros(1)})
+    elif name == "no discriminator": published(path, discriminator=[1])
+    elif name == "a tensor for a setting": published(path, args=dict(normalize_input_image=torch.zeros(2)))
     elif name == "cut":
         published(path)
         path.write_bytes(path.read_bytes()[:-2000])
@@ -250,7 +253,8 @@ def broken(name, path):
 @pytest.mark.parametrize("name, words", {
     "not there": "Check the path", "a folder": "Check the path", "a page": "Google Drive", "empty": "get it again",
     "cut": "get it again", "bare weights": "no checkpoint", "a list": "no checkpoint", "no args": "no checkpoint",
-    "not tensors": "no checkpoint", "missing": r"synthesis_mu\.conv2\.weight is missing",
+    "not tensors": "no checkpoint", "no names": "no checkpoint", "no discriminator": "no checkpoint",
+    "a tensor for a setting": "normalize_input_image must be a bool", "missing": r"synthesis_mu\.conv2\.weight is missing",
     "shape": r"has the shape \(8, 8, 5, 4\), not \(8, 8, 5, 5\)", "NaN": "is not finite",
     "more blocks than weights": r"resblock_2\.conv1\.weight is missing.*53 more", "unknown density": "cauchy",
     "absurd setting": "n_residual_blocks must be a int"}.items())
