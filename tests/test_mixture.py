@@ -40,6 +40,7 @@ from hific_nb.hyperprior import (
     IntegerMixture,
     IntegerSynthesis,
     MixtureSynthesis,
+    _powers,
     ask_symbols,
     read_symbols,
     symbol_parts,
@@ -281,6 +282,13 @@ def test_masses_rise_and_are_those_of_the_floats(components):
     logits, means, log_scales = (torch.tensor(v / steps, dtype=torch.float64) for v, steps in zip(columns, (256, 1024, 128)))
     exact = (torch.softmax(logits, 0) * torch.sigmoid((torch.from_numpy(values) - 0.5 - means) / log_scales.exp())).sum(0)
     assert np.abs(masses / m.total - exact.numpy()).max() < 2e-3  # weights in steps of 1/256 of e
+
+
+def test_the_lists_are_rounded_exactly():
+    getcontext().prec = 50
+    for steps, first, count, bits in ((256, 0, 3073, 16), (128, -590, 1615, 20), (64, 0, 1409, 30)):
+        exact = [(Decimal(-i) / steps).exp() * 2 ** bits for i in range(first, first + count)]
+        assert _powers(steps, first, count, bits).tolist() == [int(v.to_integral_value("ROUND_HALF_UP")) for v in exact]
 
 
 def scatter(x, weight, bias, stride):
