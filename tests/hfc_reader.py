@@ -11,6 +11,7 @@ import math
 import struct
 import zlib
 from dataclasses import dataclass, field
+from decimal import ROUND_FLOOR, Decimal, localcontext
 from pathlib import Path
 
 
@@ -152,8 +153,13 @@ def model_folder(path):
     config = json.loads((path / "config.json").read_text())
     tables, about = safetensors(path / "tables.safetensors")
     weights, _ = safetensors(path / "weights.safetensors")
-    layers = [tuple(nested(*weights[f"Hyperprior.synthesis_std.conv{k}.{part}"]) for part in ("weight", "bias")) for k in (1, 2, 3)]
+    mixture = config.get("likelihood") == "mixture"
+    network = "synthesis_DLMM_params" if mixture else "synthesis_std"
+    layers = [[nested(*weights[f"Hyperprior.{network}.{name}.{part}"]) for part in ("weight", "bias")]
+              for name in ["conv1", "conv2", "conv3"] + ["conv_out"] * mixture]
+    if mixture: layers[3][0] = [[[[kernels[i][0][0]]] for kernels in layers[3][0]] for i in range(config["latent_channels"])]
     return dict(C=config["latent_channels"], N=config["hyperprior_channels"], levels=config.get("rate_levels", 0),
+                K=config.get("mixture_components", 4) if mixture else 0, min_scale=config.get("min_scale", 0.11),
                 fingerprint=bytes.fromhex(about["fingerprint"]), scales=tables["scales"][1],
                 rows={kind: rows_of(tables, kind) for kind in ("hyperlatents", "latents")},
                 layers=[integers(k, *layer) for k, layer in enumerate(layers)])
@@ -163,7 +169,7 @@ def model_folder(path):
 
 
 def integers(k, weight, bias):
-    "Layer k = 0, 1, 2 as integers: (w, a, b)."
+    "Layer k = 0, 1, 2 (and 3) as integers: (w, a, b)."
     B, F, S = (1023, 0, 2) if k == 0 else (2**24 - 1, 12, 2 if k == 1 else 1)
     K, outputs = len(weight[0][0]), range(len(bias))
     for b in range(24, 11, -1):
@@ -196,17 +202,101 @@ def layer(x, w, a, S):
     return out
 
 
-def latent_rows(z, model):
-    "For each latent the row of its table, before it is cut to h x w."
+def sums(z, model):
+    "What the last layer gives, and its b."
     x = [[[min(max(v, -1023), 1023) for v in line] for line in plane] for plane in z]
     for k, (w, a, b) in enumerate(model["layers"]):
-        x = layer(x, w, a, 1 if k == 2 else 2)
-        if k < 2:
-            n = b + (12 if k else 0) - 12
-            x = [[[min(max((2 * v + 2**n) // 2 ** (n + 1), 0), 2**24 - 1) for v in line] for line in plane] for plane in x]
+        x = layer(x, w, a, 2 if k < 2 else 1)
+        if k + 1 == len(model["layers"]): return x, b
+        n, least = b + (12 if k else 0) - 12, 0 if k < 2 else 1 - 2**24
+        x = [[[min(max((2 * v + 2**n) // 2 ** (n + 1), least), 2**24 - 1) for v in line] for line in plane] for plane in x]
+
+
+def latent_rows(z, model):
+    "For each latent the row of its table, before it is cut to h x w."
+    x, b = sums(z, model)
     scales = model["scales"]
     thresholds = [round(math.sqrt(s * t) * 2 ** (b + 12)) for s, t in zip(scales, scales[1:])]
     return [[[sum(t <= v for t in thresholds) for v in line] for line in plane] for plane in x]
+
+
+# ---------------------------------------------------------------------------------------------- mixtures [14]
+
+
+def falling(bits, i, n):
+    "round(2^bits * exp(-i / n)), exactly."
+    with localcontext() as context:
+        context.prec = 60
+        return int(((Decimal(-i) / n).exp() * 2**bits + Decimal("0.5")).to_integral_value(ROUND_FLOOR))
+
+
+W = [falling(16, i, 256) for i in range(3073)]
+V = {i: falling(20, i, 128) for i in range(-590, 1025)}
+S = {j: (2**61 // (2**30 + falling(30, j, 64)) + 1) // 2 for j in range(1409)}
+S |= {-j: 2**30 - S[j] for j in range(1, 1409)}
+
+
+class Mixture:
+    "The mixture of one latent, and what the answers said of its symbol."
+    def __init__(self, l, m, s):
+        self.g, self.m, self.V = [W[min(max(l) - x, 3072)] for x in l], m, [V[x] for x in s]
+        heaviest = [g * min(v, 2**22) for g, v in zip(self.g, self.V)]
+        self.c, self.all = (m[heaviest.index(max(heaviest))] + 512) // 1024, 2**16 * sum(self.g)
+        self.value = self.below = None
+        self.low = self.n = 1
+
+    def M(self, v):
+        total = 0
+        for g, m, inverse in zip(self.g, self.m, self.V):
+            a = min(max((1024 * v - 512 - m) * inverse, -22 * 2**30), 22 * 2**30) + 22 * 2**30
+            j = a // 2**24 - 1408
+            total += g * (S[j] + ((S[j + 1] - S[j]) * (a % 2**24) // 2**24 if j < 1408 else 0))
+        return total // 2**14
+
+    def mass(self, d): return self.M(self.c - d + 1) if self.below else self.all - self.M(self.c + d)
+
+
+def mixtures(z, model):
+    "The mixture of each latent, a function of channel, row, column."
+    x, b = sums(z, model)
+    C, K = model["C"], model["K"]
+    s0 = min(i for i in range(-590, 1025) if V[i] <= 2**20 / model["min_scale"])
+    bounds = ((256, -2**20, 2**20), (1024, -2**25, 2**25), (128, s0, 1024))
+
+    def at(c, i, j):
+        found = []
+        for kind, (n, least, most) in enumerate(bounds):
+            values = [x[(kind * C + c) * K + k][i][j] for k in range(K)]
+            found.append([min(max((2 * v * n + 2 ** (b + 12)) // 2 ** (b + 13), least), most) for v in values])
+        return Mixture(*found)
+    return at
+
+
+def answers(stream, rows, block):
+    "The symbols of one block of mixtures."
+    def ask(asked):
+        which = []
+        for _, u, t in asked:
+            p = (u + 1) * 2**24 // (u + t + 2)
+            which.append(rows[sum(r * r * (768 - 2 * r) <= p for r in range(1, 256))])
+        return [(q, said != 0) for (q, *_), said in zip(asked, stream.part(which))]
+
+    away = [q for q, yes in ask([(q, q.M(q.c) + q.all - q.M(q.c + 1), q.M(q.c + 1) - q.M(q.c)) for q in block]) if yes]
+    for q, yes in ask([(q, q.M(q.c), q.all - q.M(q.c + 1)) for q in away]): q.below = yes
+    far, d = away, 2
+    while d <= 2**14:
+        far = [q for q, yes in ask([(q, q.mass(d), q.mass(d // 2) - q.mass(d)) for q in far]) if yes]
+        for q in far: q.low = q.n = d
+        d *= 2
+    near = [q for q in away if q.low < 2**14]
+    while still := [q for q in near if q.n > 1]:
+        for q in still: q.n //= 2
+        asked = [(q, q.mass(q.low + q.n) - q.mass(q.low + 2 * q.n), q.mass(q.low) - q.mass(q.low + q.n)) for q in still]
+        for q, yes in ask(asked): q.low += q.n * yes
+    for q in block: q.value = q.c
+    for q in near: q.value = q.c - q.low if q.below else q.c + q.low
+    for q, value in zip(far, stream.part([rows[0]] * len(far))): q.value = value
+    return [q.value for q in block]
 
 
 # ---------------------------------------------------------------------------------------------- rANS [7]
@@ -273,7 +363,7 @@ def symbols(file, model):
     hz, wz = math.ceil(h / 4), math.ceil(w / 4)
     stream = Rans(file.payload)
     z = grid(stream.part([row for row in model["rows"]["hyperlatents"] for _ in range(hz * wz)]), N, hz, wz)
-    rows = latent_rows(z, model)
+    rows = mixtures(z, model) if model["K"] else latent_rows(z, model)
     y = [[[None] * w for _ in range(h)] for _ in range(C)]
     if file.tile is None: areas = [(0, 0, w, h)]
     else:
@@ -284,12 +374,18 @@ def symbols(file, model):
             left, top = k % columns * side, k // columns * side
             right, bottom = min(left + side, file.width), min(top + side, file.height)
             areas.append((left // 16, top // 16, math.ceil(right / 16), math.ceil(bottom / 16)))
-    for k, (left, top, right, bottom) in enumerate(areas):
+    for number, (left, top, right, bottom) in enumerate(areas):
         if file.tile is not None:
             stream.close()
-            stream = Rans(file.tiles[k][0])
-        places = [(c, i, j) for c in range(C) for i in range(top, bottom) for j in range(left, right)]
+            stream = Rans(file.tiles[number][0])
         table = model["rows"]["latents"]
-        for (c, i, j), value in zip(places, stream.part([table[rows[c][i][j]] for c, i, j in places])): y[c][i][j] = value
+        strip = 4 * max(1, 2**20 // (4 * C * (right - left))) if model["K"] else bottom - top
+        for begin in range(top, bottom, strip):
+            places = [(c, i, j) for c in range(C) for i in range(begin, min(begin + strip, bottom)) for j in range(left, right)]
+            if model["K"]:
+                found = []
+                for k in range(0, len(places), 2**16): found += answers(stream, table, [rows(*p) for p in places[k:k + 2**16]])
+            else: found = stream.part([table[rows[c][i][j]] for c, i, j in places])
+            for (c, i, j), value in zip(places, found): y[c][i][j] = value
     stream.close()
     return z, y

@@ -15,7 +15,7 @@ from PIL import Image
 from hific_nb.codec import Codec, Latents
 from hific_nb.coders import Coder
 from hific_nb.config import ModelConfig
-from hific_nb.entropy_models import IndexedTables
+from hific_nb.entropy_models import IndexedTables, decision_probabilities, decision_tables
 from hific_nb.hfc import HfcFile, pack
 from hific_nb.model import Coding, Model
 from hific_nb.rans import rans_encode
@@ -59,9 +59,10 @@ def tiny_gains() -> tuple[np.ndarray, np.ndarray]:
     return gains.astype(np.int32), (2 ** 32 // gains).astype(np.int32)
 
 
-def tiny_model(seed: int = 0, levels: bool = False) -> Model:
+def tiny_model(seed: int = 0, levels: bool = False, mixture: bool = False) -> Model:
     "The model of a seed; its tables are `model.coding`."
-    model = Model(CONFIG.replace(rate_levels=LEVELS, regime_levels=(1, 4, 7)) if levels else CONFIG).eval()
+    config = CONFIG.replace(rate_levels=LEVELS, regime_levels=(1, 4, 7)) if levels else CONFIG
+    model = Model(config.replace(likelihood="mixture", mixture_components=2) if mixture else config).eval()
     with torch.no_grad():
         for name, t in model.state_dict().items():
             layer, _, kind = name.rpartition(".")
@@ -71,8 +72,9 @@ def tiny_model(seed: int = 0, levels: bool = False) -> Model:
             values = (hashed(t.numel(), zlib.crc32(name.encode()) + seed) // 64 - 512) / 1024 * step
             t.copy_(torch.from_numpy(values + (bias if kind == "bias" else 0)).view(t.shape))
     scales = 0.125 * np.cumprod(np.array([1.0] + [1.375] * (ROWS - 1)))
-    model.coding = Coding(tables([8 + 16 * c for c in range(CONFIG.hyperprior_channels)]),
-                          tables([max(1, int(8 * s)) for s in scales]), scales, *(tiny_gains() if levels else ()))
+    latents = (decision_tables(), decision_probabilities()) if mixture else (tables([max(1, int(8 * s)) for s in scales]), scales)
+    model.coding = Coding(tables([8 + 16 * c for c in range(CONFIG.hyperprior_channels)]), *latents,
+                          *(tiny_gains() if levels else ()))
     return model
 
 

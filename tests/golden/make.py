@@ -7,6 +7,7 @@ hyperlatents, symbols, and the pixels of a corner. SHA256SUMS lists all of them.
 
 import hashlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from hific_nb.data import sample_photo  # noqa: E402
 from hific_nb.hfc import layout, pack, unpack  # noqa: E402
 from hific_nb.model import load_model, model_fingerprint  # noqa: E402
 
-MODELS = {"one-rate": False, "levels": True}
+MODELS = {"one-rate": {}, "levels": dict(levels=True), "mixture": dict(levels=True, mixture=True)}
 EXAMPLE = "level-tiles-exif"
 NOTES = {"exif": b"Exif\0\0II*\0\x08\0\0\0\0\0\0\0\0\0", "xmpm": b"<x:xmpmeta xmlns:x='adobe:ns:meta/'/>", "zgld": b""}
 
@@ -37,9 +38,9 @@ def profile() -> bytes:
     return bytes(data)
 
 
-def make_model(folder: Path, levels: bool) -> None:
+def make_model(folder: Path, kind: dict) -> None:
     "A tiny model as a folder, its weights in float16 or, with levels, float32; its tables are of whole numbers."
-    model, dtype = tiny.tiny_model(levels=levels), torch.float32 if levels else torch.float16
+    model, dtype = tiny.tiny_model(**kind), torch.float32 if kind else torch.float16
     *_, (_, last) = ((n, m) for n, m in model.Generator.named_modules() if hasattr(m, "bias"))
     last.weight.data.mul_(2.0 ** -4)  # pixels that are black or white would hide what is wrong with them
     last.bias.data.zero_()
@@ -67,6 +68,15 @@ def specimens() -> dict:
 
     def photo(size, model="one-rate", coder="rans", **options):
         def make(): return codec_of(model, coder).compress(sample_photo("coffee").crop((140, 60, 460, 300)).resize(size), **options)
+        return make
+
+    def mixed(size, tile=0, quality=50, coder="rans", wild=()):
+        def make():
+            codec = codec_of("mixture", coder)
+            latents = codec.encode_latents(sample_photo("coffee").crop((140, 60, 460, 300)).resize(size), quality=quality)
+            symbols = latents.symbols.copy()
+            symbols.ravel()[:len(wild)] = wild
+            return codec.encode(replace(latents, symbols=symbols), tile)
         return make
 
     def lanes(n, size, salt):
@@ -106,6 +116,10 @@ def specimens() -> dict:
         "level-8": photo((80, 64), "levels", quality=100),
         "level-1x1": drawn((1, 1), 207, "levels", level=8),
         EXAMPLE: drawn((70, 5), 208, "levels", tile=64, level=6, streams={"exif": NOTES["exif"][:10]}),
+        "mixture-1x1": mixed((1, 1)),
+        "mixture-65x50": mixed((65, 50), quality=80, wild=(70_000, -300, 2**14, -2**31, 2**31 - 1, 17)),
+        "mixture-tiles": mixed((130, 70), tile=64),
+        "constriction-mixture": mixed((40, 33), coder="constriction"),
         "everything": drawn((130, 70), 209, "levels", tile=64, level=7, streams=NOTES | {"iccp": profile()}, **half(130, 70)),
     }
 
@@ -132,7 +146,7 @@ def make(name: str) -> None:
     data = specimens()[name]()
     file = unpack(data)
     assert pack(file) == data
-    codec = codec_of("levels" if file.level is not None else "one-rate")
+    (codec,) = [codec for codec in map(codec_of, MODELS) if codec.fingerprint == file.fingerprint]
     np.savez_compressed(HERE/f"{name}.npz", **expected(codec, data))
     write_atomic(path, data)
     print(f"{name}: {len(data)} bytes")
@@ -158,8 +172,8 @@ def main(names: list[str]) -> None:
     if names == ["--example"]:
         print(example())
         return
-    for folder, levels in MODELS.items():
-        if not (HERE/folder).exists(): make_model(HERE/folder, levels)
+    for folder, kind in MODELS.items():
+        if not (HERE/folder).exists(): make_model(HERE/folder, kind)
     for name in names or [name for name in specimens() if not (HERE/f"{name}.hfc").exists()]: make(name)
     write_atomic(HERE/"SHA256SUMS", sums().encode())
 
