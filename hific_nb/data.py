@@ -380,10 +380,11 @@ def photo_fault(photo: np.ndarray, min_side: int = 1) -> str | None:
     overexposed.
 
     The rules are those of Mentzer et al. 2019 (a side shorter than `min_side`; mean saturation above 0.9 or mean value
-    above 0.8 in HSV), and one for frames of a single tone. Means are over a grid of at most 256 x 256 pixels. """
+    above 0.8 in HSV), and one for frames of a single tone. Means are over a grid of at most 128 x 128 pixels.
+    """
     height, width = photo.shape[:2]
     if min(height, width) < min_side: return "small"
-    k = -(-max(height, width) // 256)
+    k = -(-max(height, width) // 128) | 1  # odd: an even step would see one half of every fine pattern
     grid = Image.fromarray(np.ascontiguousarray(photo[::k, ::k]))
     if np.asarray(grid.convert("L")).std() < _MIN_CONTRAST: return "flat"
     _, saturation, value = np.asarray(grid.convert("HSV")).reshape(-1, 3).mean(0) / 255
@@ -403,7 +404,8 @@ class Prefetch:
     `make(step)`: makes a batch, in any thread. `n_ahead` batches are ready or in the making, `workers` at a time. An
     error in the making is raised when its batch is due. `wait_s` is the time in seconds that `next` has waited so far;
     `wait_share()` the share of the time since it was last called (or since the start): 0 means that the device never
-    waited. """
+    waited.
+    """
 
     def __init__(self, make, start_step: int = 0, n_ahead: int = 4, workers: int = 1):
         workers = max(1, int(workers))
@@ -467,18 +469,22 @@ class _Crops:
         self._photos: dict = {}  # decoded, uint8 (H, W, 3)
         self._room = memory_gb * 1e9
         self._out: set = set()  # those that cannot be used
+        self._good: set = set()  # those that were looked at, and can
         self._lock = threading.Lock()
 
-    def _usable(self, key, source, name) -> np.ndarray | None:
-        "The photo `source` as uint8 (H, W, 3); None if it cannot be used, which is noted once under `name`."
+    def _usable(self, key, source, name) -> Image.Image | None:
+        "The photo `source` as an RGB image; None if it cannot be used, which is noted once under `name`."
         if key in self._out: return None
         error = None
-        try: photo = np.array(split_alpha(read_image(source, self.max_pixels))[0])
+        try: photo = split_alpha(read_image(source, self.max_pixels))[0]
         except ImageError as e: error, note = e, self.broken
         else:
-            fault = photo_fault(photo, self.crop_size) if self.drop_flat else min(photo.shape[:2]) < self.crop_size
-            if not fault: return photo
-            note = self.too_small if fault in ("small", True) else self.too_flat
+            fault = "small" if min(photo.size) < self.crop_size else None
+            if self.drop_flat and not fault and key not in self._good: fault = photo_fault(np.asarray(photo))
+            if not fault:
+                self._good.add(key)
+                return photo
+            note = self.too_small if fault == "small" else self.too_flat
         with self._lock:
             new = key not in self._out
             self._out.add(key)
@@ -486,30 +492,33 @@ class _Crops:
         if new and error: warnings.warn(f"Skipped in training: {error}", stacklevel=2)
         return None
 
-    def _keep(self, key, photo: np.ndarray) -> bool:
+    def _keep(self, key, photo: Image.Image) -> bool:
         "Keep a decoded photo if there is room for it."
+        size = 3 * photo.width * photo.height
         with self._lock:
             if key in self._photos: return True
-            if photo.nbytes > self._room: return False
-            self._room -= photo.nbytes
-            self._photos[key] = photo
-            return True
+            if size > self._room: return False
+            self._room -= size
+        self._photos[key] = np.array(photo)
+        return True
 
-    def _photo(self, step: int, row: int, rng: np.random.Generator) -> np.ndarray:
+    def _photo(self, step: int, row: int, rng: np.random.Generator) -> np.ndarray | Image.Image:
         raise NotImplementedError
 
-    def _cut(self, photo: np.ndarray, scale: float, down: float, across: float, side: float) -> np.ndarray:
+    def _cut(self, photo: np.ndarray | Image.Image, scale: float, down: float, across: float, side: float) -> np.ndarray:
         "The crop that four numbers in 0..1 choose."
-        (height, width), c = photo.shape[:2], self.crop_size
+        (width, height), c = photo.size if isinstance(photo, Image.Image) else photo.shape[1::-1], self.crop_size
         if self.shorter_side is None: factor = self.scale[0] + (self.scale[1] - self.scale[0]) * scale
         else:
             low, high = self.shorter_side
             factor = min(1.0, (low + (high - low) * scale) / min(height, width))
         size = min(round(c / factor), height, width)
         top, left = int(down * (height - size + 1)), int(across * (width - size + 1))
-        crop = photo[top:top + size, left:left + size]
-        if size != c: crop = np.asarray(Image.fromarray(crop).resize((c, c), Image.Resampling.LANCZOS))
-        return crop[:, ::-1] if self.flip and side < 0.5 else crop
+        if isinstance(photo, Image.Image): crop = photo.crop((left, top, left + size, top + size))
+        else: crop = Image.fromarray(photo[top:top + size, left:left + size])
+        if size != c: crop = crop.resize((c, c), Image.Resampling.LANCZOS)
+        pixels = np.asarray(crop)
+        return pixels[:, ::-1] if self.flip and side < 0.5 else pixels
 
     def _row(self, step: int, row: int) -> np.ndarray:
         rng = np.random.default_rng([self.seed, step, row])
@@ -549,7 +558,8 @@ class PhotoCrops(_Crops):
     `progress(done, total)` is called as photos are read into memory. `threads` decode, here and in `prefetch`.
 
     `rank` of `world` processes makes the rows rank, rank + world, ... of the batch: together they have that of one
-    process. """
+    process.
+    """
 
     def __init__(self, paths, crop_size: int = 256, batch_size: int = 8, seed: int = 0, memory_gb: float = 2.0,
                  scale: tuple[float, float] = (0.5, 1.0), flip: bool = True, max_pixels: int | None = None,
@@ -574,7 +584,7 @@ class PhotoCrops(_Crops):
                     if photo is not None and not self._keep(index, photo): return
                     if progress is not None: progress(index + 1, total)
 
-    def _read(self, index: int) -> np.ndarray | None: return self._usable(index, self.paths[index], self.paths[index])
+    def _read(self, index: int) -> Image.Image | None: return self._usable(index, self.paths[index], self.paths[index])
 
     def _check_any(self) -> None:
         if len(self._out) == len(self.paths):
@@ -582,7 +592,7 @@ class PhotoCrops(_Crops):
                              f"{len(self.too_small)} are smaller than the crop of {self.crop_size} pixels, "
                              f"{len(self.too_flat)} are flat, oversaturated or overexposed.")
 
-    def _photo(self, step: int, row: int, rng: np.random.Generator) -> np.ndarray:
+    def _photo(self, step: int, row: int, rng: np.random.Generator) -> np.ndarray | Image.Image:
         while True:
             index = int(rng.integers(len(self.paths)))
             photo = self._photos.get(index)
@@ -629,7 +639,8 @@ def shard_members(path) -> list[tuple[str, int, int]]:
     """(name, offset, size) of every photo in a tar file, in its order: those with an extension of `image_extensions`.
 
     A file that ends too soon gives the whole members before that, with a warning. Raises `ImageError` for what is no
-    tar file, and for a compressed one, which has no places to jump to. """
+    tar file, and for a compressed one, which has no places to jump to.
+    """
     import tarfile
 
     path, known, found = Path(path), image_extensions(), []
@@ -725,7 +736,8 @@ def _fetch(url: str, out, retries: int = 4, backoff: float = 0.5, timeout: float
     k.
 
     Raises `_RefusedError` where another try is useless, `ImageError` when the tries are used up or the thread is
-    cancelled. """
+    cancelled.
+    """
     session, tag, why = _session(), None, ""
     from requests import RequestException
     from requests.exceptions import InvalidSchema, InvalidURL, MissingSchema, TooManyRedirects
@@ -840,7 +852,8 @@ class ShardCrops(_Crops):
     in the user's cache folder) within `cache_gb`, but at least two windows. A server that does not answer is asked
     again, 14 times within about 10 minutes by default (`retries`, `backoff`); then `ImageError` is raised. A shard that
     the server refuses (404), or that is no tar file, is left out with one warning (`missing`). `held_back_every` keeps
-    every n-th photo of each shard out of training. """
+    every n-th photo of each shard out of training.
+    """
 
     def __init__(self, shards, crop_size: int = 256, batch_size: int = 8, seed: int = 0, memory_gb: float = 2.0,
                  scale: tuple[float, float] = (0.5, 1.0), flip: bool = True, max_pixels: int | None = None,
@@ -919,7 +932,7 @@ class ShardCrops(_Crops):
             try: self._shard(index)
             except ImageError: return  # raised again when it is needed
 
-    def _photo(self, step: int, row: int, rng: np.random.Generator) -> np.ndarray:
+    def _photo(self, step: int, row: int, rng: np.random.Generator) -> np.ndarray | Image.Image:
         crop, n = step * self.batch_size + row, self.crops_per_shard
         passed, rest = divmod(crop, n * len(self.shards))
         window, place = divmod(rest, n * self.window)
@@ -938,7 +951,7 @@ class ShardCrops(_Crops):
             key = photos[int(rng.integers(len(photos)))]
         return photo
 
-    def _decoded(self, key: tuple[int, int]) -> np.ndarray | None:
+    def _decoded(self, key: tuple[int, int]) -> np.ndarray | Image.Image | None:
         photo = self._photos.get(key)
         if photo is not None or key in self._out: return photo
         index, j = key
@@ -1062,7 +1075,8 @@ def read_photo_list(source, column: str = "OriginalURL"):
 
     Open Images' other columns are used where they are there: ImageID, OriginalMD5, License, Author. A text file has an
     http(s) address a line, or an address and a SHA-256; empty lines and what follows # after a space are skipped.
-    Raises `ImageError` with the number of the line for anything else. """
+    Raises `ImageError` with the number of the line for anything else.
+    """
     if source == "kodak":
         for i, digest in enumerate(_KODAK[1], 1):
             yield ListedPhoto(i - 1, _KODAK[0].format(i), f"kodim{i:02}", "sha256:" + digest)
@@ -1179,7 +1193,8 @@ def fetch_photos(source, run, *, column: str = "OriginalURL", limit: int = 0, ph
     The same call goes on where an earlier one ended; other settings in the same folder raise `HificError`, so does a
     second run at the same time, and an outage of the network. Returns the counts, and writes manifest.csv (file, shard,
     url, width, height, bytes, sha256, license, author) and failed.txt, a list of what could not be had and why, which
-    is itself a list to fetch. """
+    is itself a list to fetch.
+    """
     run = Path(run)
     limit, photos_per_shard, workers, retries, min_side, longer_side, quality = (
         _whole(*given) for given in (("limit", limit, 0), ("photos_per_shard", photos_per_shard, 0), ("workers", workers, 1),
