@@ -57,6 +57,7 @@ def compare(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") 
     latents = codec.decode_latents(data)
     assert np.array_equal(latents.hyperlatents, wanted["hyperlatents"]) and np.array_equal(latents.symbols, wanted["symbols"]), name
     pixels = np.asarray(codec.generate(latents)).astype(int)[-48:, -64:]
+    if not wanted["pixels"].size: return 0
     assert pixels.shape == wanted["pixels"].shape, name
     if pixels.shape[2] == 4: assert np.array_equal(pixels[..., 3], wanted["pixels"][..., 3]), name
     return int(np.abs(pixels - wanted["pixels"]).max())

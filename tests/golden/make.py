@@ -117,7 +117,8 @@ def specimens() -> dict:
         "level-1x1": drawn((1, 1), 207, "levels", level=8),
         EXAMPLE: drawn((70, 5), 208, "levels", tile=64, level=6, streams={"exif": NOTES["exif"][:10]}),
         "mixture-1x1": mixed((1, 1)),
-        "mixture-65x50": mixed((65, 50), quality=80, wild=(70_000, -300, 2**14, -2**31, 2**31 - 1, 17)),
+        "mixture-65x50": mixed((65, 50), quality=80),
+        "mixture-wild": mixed((60, 40), wild=(70_000, -300, 2**14, -2**31, 2**31 - 1, 17)),
         "mixture-tiles": mixed((130, 70), tile=64),
         "constriction-mixture": mixed((40, 33), coder="constriction"),
         "everything": drawn((130, 70), 209, "levels", tile=64, level=7, streams=NOTES | {"iccp": profile()}, **half(130, 70)),
@@ -131,7 +132,9 @@ def corner(pixels: np.ndarray) -> np.ndarray:
 
 def expected(codec: Codec, data: bytes) -> dict[str, np.ndarray]:
     latents = codec.decode_latents(data)
-    return dict(hyperlatents=latents.hyperlatents, symbols=latents.symbols, pixels=corner(np.asarray(codec.generate(latents))))
+    pixels = corner(np.asarray(codec.generate(latents)))
+    if np.abs(latents.symbols.astype(np.int64)).max() > 10_000: pixels = pixels[:0]  # of these, rounding makes anything
+    return dict(hyperlatents=latents.hyperlatents, symbols=latents.symbols, pixels=pixels)
 
 
 def sums() -> str:
