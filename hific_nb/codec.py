@@ -173,8 +173,9 @@ class Codec:
         z = torch.round(self.model.Hyperprior.analysis_net(y)).clamp(-HYPERLATENT_BOUND, HYPERLATENT_BOUND)
         mean, indexes = self._predict(z, y.shape[2:])
         symbols = torch.round(y - mean)
-        if not bool(symbols.isfinite().all() & z.isfinite().all()):
-            raise CodecError("The model's latents are not finite: it is broken, or this dtype is too narrow for it.")
+        if not bool((symbols.abs() < 2 ** 31).all() & z.isfinite().all()):
+            raise CodecError("The model's latents are not finite, or beyond 32 bits: it is broken, or this dtype is too narrow for "
+                             "it.")
         return replace(picture, symbols=symbols[0].to(torch.int32).cpu().numpy(), indexes=indexes, level=level,
                        hyperlatents=z[0].to(torch.int32).cpu().numpy(), y_hat=self._unscaled(mean + symbols, level))
 

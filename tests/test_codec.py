@@ -399,6 +399,9 @@ def test_a_model_without_numbers(photo):
     torch.nn.init.constant_(next(broken.model.Encoder.parameters()), float("inf"))
     with pytest.raises(CodecError, match="finite"):
         broken.compress(photo)
+    torch.nn.init.constant_(next(broken.model.Encoder.parameters()), 1e20)
+    with pytest.raises(CodecError, match="32 bits"):
+        broken.compress(photo)
 
 
 def test_the_model_given_stays_as_it_was():

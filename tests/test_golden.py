@@ -80,6 +80,7 @@ def test_there_is_a_file_of_every_kind():
             any(t.alpha for t in f.tiles) for f in of_it}
         assert (1, 1) in {(f.width, f.height) for f in of_it}
     assert {f.fingerprint.hex() for f in files.values()} == set(MODELS)
+    assert [name for name in FILES if not content(name)[1]["pixels"].size] == ["mixture-wild"]
     assert {f.payload[0] for f in files.values() if f.coder == 1 and f.payload} >= {1, 2, 4, 255}
     assert {None if f.alpha is None else bool(f.alpha) for f in files.values() if f.tile is None} == {None, False, True}
     assert {f.level for f in files.values()} >= {None, 0, 4, 8} and {f.tile for f in files.values()} >= {None, 1, 2}
