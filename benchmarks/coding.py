@@ -4,10 +4,11 @@
 
 One process, one thread. Symbols are Gaussian with log-normal scales, at about 2.1, 0.6 and 0.18 bit a symbol. Overhead is
 that of the whole stream over sum(-log2 p) under the densities before they became tables. Speed is that of the fastest
-call, in Msymbols/s and as a ratio to CompressAI's C++ rANS in the same run, or to constriction where that is not
-installed. "coder" is the call alone, on the arrays that it takes; "tensors" begins with a tensor of residuals and one of
-scales, whole numbers in float64 as the exact hyper-synthesis makes them, and ends with a tensor: rounding, table indexes
-on both sides, casts and copies. What the first call of a fresh process waits for is measured in processes of their own.
+call, by the processor time of its thread, in Msymbols/s and as a ratio to CompressAI's C++ rANS in the same run, or to
+constriction where that is not installed. "coder" is the call alone, on the arrays that it takes; "tensors" begins with a
+tensor of residuals and one of scales, whole numbers in float64 as the exact hyper-synthesis makes them, and ends with a
+tensor: rounding, table indexes on both sides, casts and copies. What the first call of a fresh process waits for is
+measured in processes of their own.
 
 CompressAI gets float32 scales and a binary search for its indexes, which is faster than its own way of finding them.
 It is measured if its compiled modules can be found: `pip install --no-deps compressai==1.2.8`, or with `--target FOLDER`
@@ -129,14 +130,14 @@ def compiled(folder, name):
 
 
 def fastest(functions, repeat, seconds=1.0):
-    "The least time of each function, called in turns so that all see the same machine; slow ones are called less often."
+    "The least time of each function, in turns so that all see the same machine; slow ones are called less often."
     best = dict.fromkeys(functions, math.inf)
     for k in range(repeat):
         for key, function in functions.items():
             if k and best[key] * k > seconds: continue
-            start = time.perf_counter()
+            start = time.thread_time()
             function()
-            best[key] = min(best[key], time.perf_counter() - start)
+            best[key] = min(best[key], time.thread_time() - start)
     return best
 
 

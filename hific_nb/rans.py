@@ -147,13 +147,14 @@ def _symbols(symbols) -> np.ndarray:
 
 
 def check_indexes(indexes, tables: IndexedTables) -> tuple[np.ndarray, CodingTables]:
-    "Indexes (n,) as uint32, and the tables made ready; `CodingError` where an index is no row of them."
-    ready = coding_tables(tables)
-    return _integers(indexes, "Indexes", 0, len(ready.rows) - 1, "the rows of the tables", np.uint32), ready
+    "Indexes (n,) as uint8, uint16 or uint32, and the tables made ready; `CodingError` where one is no row of them."
+    ready, indexes = coding_tables(tables), np.asarray(indexes)
+    dtype = indexes.dtype if indexes.dtype in (np.uint8, np.uint16) else np.uint32
+    return _integers(indexes, "Indexes", 0, len(ready.rows) - 1, "the rows of the tables", dtype), ready
 
 
 def check_part(symbols, indexes, tables: IndexedTables) -> tuple[np.ndarray, np.ndarray, CodingTables]:
-    "Symbols (n,) as int32, indexes (n,) as uint32, and the tables made ready; `CodingError` names what cannot be coded."
+    "Symbols (n,) as int32, and what `check_indexes` gives; `CodingError` names what cannot be coded."
     indexes, ready = check_indexes(indexes, tables)
     symbols = _symbols(symbols)
     if len(symbols) != len(indexes):
@@ -227,18 +228,18 @@ def _decode_plain(out, indexes, lo, hi, ready, states, words, position):
     return position
 
 # %% ../nbs/05_rans.ipynb #ba1f929a
-def _encode_kernel(symbols, indexes, lo, hi, rows, encoding, precision, states, words):
-    """Encode symbols[lo:hi], last first, filling `words` from its end; returns where they begin.
+def _encode_kernel(symbols, indexes, rows, encoding, precision, states, words):
+    """Encode `symbols`, last first, filling `words` from its end; returns where they begin.
 
     `words` must have room for 11 words a symbol: the escape slot, the number of digits, nine digits.
     """
     low16, b4, b16, b28 = np.uint64(0xFFFF), np.uint64(4), np.uint64(16), np.uint64(1 << 28)
     total, full, down = np.uint64(1 << precision), np.uint64(32 - precision), np.uint64(32 + precision)
-    lanes, position, i = len(states), len(words), hi - 1
-    while i >= lo:
+    lanes, position, i = len(states), len(words), len(symbols) - 1
+    while i >= 0:
         if lanes == 4 and i & 3 == 3:
             x0, x1, x2, x3 = states[0], states[1], states[2], states[3]
-            while i - 3 >= lo:
+            while i >= 3:
                 r3, r2 = np.uint64(indexes[i]), np.uint64(indexes[i - 1])
                 r1, r0 = np.uint64(indexes[i - 2]), np.uint64(indexes[i - 3])
                 s3 = np.uint64(np.int64(symbols[i]) - np.int64(rows[r3, 1]))  # below the row: wraps to a huge number
@@ -274,7 +275,7 @@ def _encode_kernel(symbols, indexes, lo, hi, rows, encoding, precision, states, 
                 x0 += (c0 >> b16) + ((x0 * encoding[e0, 0]) >> down) * (total - f0)
                 i -= 4
             states[0], states[1], states[2], states[3] = x0, x1, x2, x3
-            if i < lo: break
+            if i < 0: break
         row, lane = np.int64(indexes[i]), i % lanes
         last, slot, x = np.int64(rows[row, 2]), np.int64(symbols[i]) - np.int64(rows[row, 1]), states[lane]
         if slot < 0 or slot >= last:
@@ -383,7 +384,7 @@ def _decode_kernel(out, indexes, rows, decoding, buckets, bucket_bits, precision
 
 # %% ../nbs/05_rans.ipynb #c332a514
 # What a kernel takes: a whole number, or an array of so many dimensions, with a ! where it is written to.
-_ARGUMENTS = {"encode": "int32:1 uint32:1 number number int32:2 uint64:2 number uint64:1! uint16:1!".split(),
+_ARGUMENTS = {"encode": "int32:1 uint32:1 int32:2 uint64:2 number uint64:1! uint16:1!".split(),
               "decode": "int32:1! uint32:1 int32:2 int64:1 uint32:1 number number int64:1! uint16:1 number".split()}
 _KERNELS: dict = {}
 _LOCK = threading.Lock()
@@ -501,8 +502,14 @@ def _unseal(data: bytes) -> tuple[bytes, str]:
     return code, symbol.decode()
 
 # %% ../nbs/05_rans.ipynb #572b7872
-_CHUNK = 1 << 16  # symbols between two looks at the output
+_CHUNK = 1 << 18  # symbols that compiled code takes at a time; plain code an eighth
 _WORST = _MAX_DIGITS + 2  # words that one symbol may write
+
+
+def _chunks(n: int, lanes: int, compiled: bool) -> list[tuple[int, int]]:
+    "Where to cut n symbols: before a multiple of the number of lanes, so that each chunk begins with the first lane."
+    step = (_CHUNK if compiled else _CHUNK >> 3) // lanes * lanes
+    return [(lo, min(lo + step, n)) for lo in range(0, n, step)]
 
 
 def rans_encode(parts: Sequence[tuple], lanes: int | None = None, compiled: bool = True) -> bytes:
@@ -522,10 +529,10 @@ def rans_encode(parts: Sequence[tuple], lanes: int | None = None, compiled: bool
     room = np.empty(_WORST * min(total, _CHUNK), np.uint16)
     chunks = []  # the last one is read first
     for symbols, indexes, ready in reversed(checked):
-        for lo in range((len(symbols) - 1) // _CHUNK * _CHUNK, -1, -_CHUNK):
-            hi = min(lo + _CHUNK, len(symbols))
+        for lo, hi in reversed(_chunks(len(symbols), lanes, bool(kernel))):
             if kernel:
-                words = room[kernel(symbols, indexes, lo, hi, ready.rows, ready.encoding, ready.precision, states, room):]
+                words = room[kernel(symbols[lo:hi], indexes[lo:hi].astype(np.uint32, copy=False), ready.rows, ready.encoding,
+                                    ready.precision, states, room):]
             else:
                 backward = array("H")
                 _encode_plain(symbols, indexes, lo, hi, ready, states, backward)
@@ -560,15 +567,15 @@ class RansDecoder:
         if not len(self._states):
             raise CorruptStreamError(f"The coded stream holds no symbols where some are expected. {_AGAIN}")
         kernel = _compiled("decode") if self._compiled else None
-        if kernel:
-            position = kernel(out, indexes, ready.rows, ready.decoding, ready.buckets, ready.bucket_bits,
-                              ready.precision, self._states, self._words, self._position)
-        else:
-            states, words, position = self._states.tolist(), self._words.data, self._position
-            for lo in range(0, len(out), _CHUNK):
-                position = _decode_plain(out, indexes, lo, min(lo + _CHUNK, len(out)), ready, states, words, position)
-                if position < 0: break
-            self._states[:] = states
+        states, words, position = self._states, self._words, self._position
+        if not kernel: states, words = states.tolist(), words.data
+        for lo, hi in _chunks(len(out), len(states), bool(kernel)):
+            if kernel:
+                position = kernel(out[lo:hi], indexes[lo:hi].astype(np.uint32, copy=False), ready.rows, ready.decoding,
+                                  ready.buckets, ready.bucket_bits, ready.precision, states, words, position)
+            else: position = _decode_plain(out, indexes, lo, hi, ready, states, words, position)
+            if position < 0: break
+        self._states[:] = states
         if position < 0:
             self._states = self._states[:0]  # nothing more is read from it
             what = "ends too early" if position == _EXHAUSTED else "holds a value that no encoder writes"
