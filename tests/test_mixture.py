@@ -368,76 +368,6 @@ def test_a_logistic_is_coded_at_its_rate():
     assert 0.997 * ideal < 8 * len(data) < 1.005 * ideal
 
 
-class Reader:
-    "One symbol's mixture and what is known of the symbol, written from the rules in docs/hfc.md in plain Python integers."
-    def __init__(self, logits, means, log_scales):
-        getcontext().prec = 50
-        def scaled(bits, i, n): return int(((Decimal(-i) / n).exp() * 2 ** bits + Decimal("0.5")).to_integral_value("ROUND_FLOOR"))
-        self.g = [scaled(16, min(max(logits) - l, 3072), 256) for l in logits]
-        self.v, self.m, self.scaled = [scaled(20, s, 128) for s in log_scales], means, scaled
-        best = max(range(len(self.g)), key=lambda k: (self.g[k] * min(self.v[k], 2 ** 22), -k))
-        self.c, self.all = (self.m[best] + 512) // 1024, 2 ** 16 * sum(self.g)
-        self.below, self.low, self.n, self.value = None, 1, 1, None
-
-    def S(self, j):
-        right = (2 ** 61 // (2 ** 30 + self.scaled(30, abs(j), 64)) + 1) // 2
-        return right if j >= 0 else 2 ** 30 - right
-
-    def M(self, v):
-        total = 0
-        for g, m, inverse in zip(self.g, self.m, self.v):
-            a = min(max((1024 * v - 512 - m) * inverse, -22 * 2 ** 30), 22 * 2 ** 30) + 22 * 2 ** 30
-            j = a // 2 ** 24 - 1408
-            total += g * (self.S(j) + ((self.S(j + 1) - self.S(j)) * (a % 2 ** 24) // 2 ** 24 if j < 1408 else 0))
-        return total // 2 ** 14
-
-    def mass(self, d): return self.M(self.c - d + 1) if self.below else self.all - self.M(self.c + d)
-
-
-def read_in_plain_python(decoder, readers, tables):
-    "The symbols of one block: five kinds of questions, one after the other."
-    def ask(asked):
-        rows = []
-        for _, yes, no in asked:
-            p = ((yes + 1) * 2 ** 24) // (yes + no + 2)
-            rows.append(sum(r * r * (768 - 2 * r) <= p for r in range(1, 256)))
-        return zip([r for r, *_ in asked], decoder.read(np.array(rows, np.uint8), tables).tolist() if rows else [])
-
-    away = []
-    for r, said in ask([(r, r.M(r.c) + r.all - r.M(r.c + 1), r.M(r.c + 1) - r.M(r.c)) for r in readers]):
-        if said: away.append(r)
-        else: r.value = r.c
-    for r, said in ask([(r, r.M(r.c), r.all - r.M(r.c + 1)) for r in away]): r.below = said != 0
-    still, d = away, 2
-    while still and d <= 2 ** 14:
-        answers = ask([(r, r.mass(d), r.mass(d // 2) - r.mass(d)) for r in still])
-        still = [r for r, said in answers if said]
-        for r in still: r.low = r.n = d
-        d *= 2
-    aside, still = still, [r for r in away if r.low < 2 ** 14]
-    while open_ones := [r for r in still if r.n > 1]:
-        for r in open_ones: r.n //= 2
-        asked = [(r, r.mass(r.low + r.n) - r.mass(r.low + 2 * r.n), r.mass(r.low) - r.mass(r.low + r.n)) for r in open_ones]
-        for r, said in ask(asked):
-            if said: r.low += r.n
-    for r in still: r.value = r.c + (-r.low if r.below else r.low)
-    for r, value in zip(aside, decoder.read(np.zeros(len(aside), np.uint8), tables).tolist() if aside else []): r.value = value
-    return [r.value for r in readers]
-
-
-def test_a_reader_written_from_the_rules_alone_agrees(prior, picture):
-    z, symbols = picture
-    exact, tables, coder = IntegerMixture(prior.synthesis_DLMM_params, CONFIG.min_scale), decision_tables(), get_coder("rans")
-    area = (slice(None), slice(0, 5), slice(0, 3))
-    symbols = symbols[area].copy()
-    symbols[0, 0] = 70_000, -300, 2 ** 14
-    decoder = coder.decoder(coder.encode(symbol_parts(symbols, exact(z, (34, 26))[area], tables)))
-    parameters = exact.parameters(z)[(slice(None), slice(None), *area)].reshape(3, 4, -1)
-    readers = [Reader(*parameters[:, :, i].tolist()) for i in range(symbols.size)]
-    assert read_in_plain_python(decoder, readers, tables) == symbols.ravel().tolist()
-    decoder.close()
-
-
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (4, 4), (5, 3), (17, 9)])
 def test_any_size_in_any_strips(prior, size):
     exact, tables, coder = IntegerMixture(prior.synthesis_DLMM_params, CONFIG.min_scale), decision_tables(), get_coder("rans")
@@ -538,16 +468,6 @@ def test_a_model_with_mixtures_makes_files(tmp_path, rate_levels):
     path = tmp_path / "model" / "config.json"
     path.write_text(path.read_text().replace('"mixture_components": 4', '"mixture_components": 3'))
     with pytest.raises(ModelError, match="conv_out"): load_model(tmp_path / "model")
-
-
-@pytest.mark.parametrize("name", ["whole", "tiles"])
-def test_golden_files_decode_for_ever(name):
-    folder = Path(__file__).resolve().parent / "golden_mixture"
-    codec, data = Codec(load_model(folder / "model"), device="cpu", dtype=torch.float32), (folder / f"{name}.hfc").read_bytes()
-    with np.load(folder / "content.npz") as content: symbols, z = content["symbols"], content["hyperlatents"]
-    latents = codec.decode_latents(data)
-    assert np.array_equal(latents.symbols, symbols) and np.array_equal(latents.hyperlatents, z)
-    assert codec.encode(latents, 64 if name == "tiles" else 0) == data
 
 
 # ---------------------------------------------------------------------------------------------- on every machine
