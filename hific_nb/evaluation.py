@@ -652,10 +652,11 @@ def evaluate(photos, codecs, out: str | os.PathLike, *, qualities: dict[str, Seq
     usual = [label for label, n in points.items() if n >= 4 or label == "jpeg" and n > 1]
     anchor = anchor or ("jpeg" if "jpeg" in usual else next(iter(usual), None))
     measures, left_out = find_metrics(metrics)
-    paths = [p.absolute() for p in (find_images(photos) if isinstance(photos, (str, os.PathLike)) else map(Path, photos))]
+    paths = find_images(photos) if isinstance(photos, (str, os.PathLike)) else [Path(p) for p in photos]
     if not paths: raise EvaluationError("There are no photos to evaluate on.")
     whole = isinstance(photos, (str, os.PathLike)) and Path(photos).is_dir()
-    names = _names(paths, Path(photos).absolute() if whole else Path(os.path.commonpath([p.parent for p in paths])))
+    places = [p.absolute() for p in paths]
+    names = _names(places, Path(photos).absolute() if whole else Path(os.path.commonpath([p.parent for p in places])))
     if limit is not None and limit < len(paths):
         chosen = [i * len(paths) // limit for i in range(limit)]
         paths, names = [paths[i] for i in chosen], [names[i] for i in chosen]
@@ -728,7 +729,7 @@ def evaluate(photos, codecs, out: str | os.PathLike, *, qualities: dict[str, Seq
     settings = dict(photos=len(paths), metrics=list(measure), features=extract.name if extract else None, workers=workers,
                     device=where, threads=threads, max_pixels=max_pixels, torch=torch.__version__, package=__version__)
     return Evaluation(kept, failed, list(measure), contenders, out, settings["features"], left_out, len(old), settings,
-                      dict(zip(names, paths)), anchor)
+                      dict(zip(names, places)), anchor)
 
 
 def _extractor(features, device: str):

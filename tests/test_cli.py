@@ -141,3 +141,22 @@ def test_demo_without_papermill(tmp_path, monkeypatch, capsys):
     row = json.loads((tmp_path / "run" / "metrics.json").read_text())["images"][0]
     assert row["bytes"] == (tmp_path / "run" / "coffee.hfc").stat().st_size and f"{row['bytes']:,} bytes" in printed
     assert "hific_nb[notebooks]" in printed
+
+
+def test_evaluate(photos, tmp_path, capsys):
+    arguments = ["evaluate", str(photos), "--out", str(tmp_path / "out"), "--models", "", "--baselines", "jpeg,webp", "--qualities",
+                 "jpeg=5,20,50,80; webp=10,80", "--metrics", "psnr,ms_ssim"]
+    assert main(arguments) == 1  # one photo is broken
+    shown = capsys.readouterr()
+    assert [line.split(":")[0] for line in shown.err.splitlines()] == ["broken.jpg"] and "bits against jpeg" in shown.out
+    assert "| webp | 80 |" in shown.out and "18 records, 0 of them from before" in shown.out
+    report = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert all(r["bytes"] == (tmp_path / "out" / r["file"]).stat().st_size for r in report["records"])
+    (photos / "broken.jpg").unlink()
+    assert main([*arguments, "--workers", "2", "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["failed"] == [] and again["records"] == report["records"]
+    assert main([*arguments, "--limit", "1", "--anchor", "webp"]) == 0 and "6 records, 6 of them" in capsys.readouterr().out
+    for wrong in (["--qualities", "jpeg"], ["--metrics", "vmaf"], ["--anchor", "avif"], ["--baselines", "gif"]):
+        assert main([*arguments, *wrong]) == 1
+        assert len(capsys.readouterr().err.splitlines()) == 1
