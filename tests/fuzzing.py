@@ -476,7 +476,7 @@ PLANTS = {  # bugs in the decoder, for one input in some dozens: the fuzzer must
     "wrong exception": lambda out: [][len(out)],
     "memory": lambda out: (b"x" * 200_000_000)[:0] or out,
     "reservation": lambda out: bytes(8_000_000_000)[:0] or out,
-    "leak": lambda out: LEAKED.append(b"x" * 5_000_000) or out,
+    "leak": lambda out: LEAKED.append(b"x" * 20_000_000) or out,
     "slow": lambda out: time.sleep(SECONDS + 0.1) or out,
     "stuck": lambda out: ctypes.PyDLL(None).sleep(3600) or out,  # in C, and with the interpreter's lock
     "crash": lambda out: ctypes.string_at(1) and out,
