@@ -825,7 +825,6 @@ class _ShardCache:
             if total <= self.limit: break
             if path not in in_use:
                 path.unlink(missing_ok=True)
-                path.with_name(f".{path.name}.lock").unlink(missing_ok=True)
                 total -= length
 
 # %% ../nbs/01_data.ipynb #5d5a0f7c
