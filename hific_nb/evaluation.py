@@ -265,7 +265,7 @@ class Contender:
 
     codec: `compress(image)`, or `compress(image, quality=...)` where it has qualities, and `decompress(bytes)`. qualities:
     those to evaluate, (None,) for a codec of one rate. identity: what a record depends on beside the photo: the model's
-    fingerprint, or the library's version.
+    fingerprint, or the library's version and a hash of what it makes of a sample.
     """
     label: str
     codec: object
@@ -276,6 +276,15 @@ class Contender:
     def compress(self, image: Image.Image, quality) -> bytes:
         "The file of an RGB picture."
         return self.codec.compress(image) if quality is None else self.codec.compress(image, quality=quality)
+
+
+def _sha256(data: bytes) -> str: return hashlib.sha256(data).hexdigest()
+
+
+def _sample() -> Image.Image:
+    "A picture for first calls."
+    y, x = np.mgrid[:128, :128]
+    return Image.fromarray(np.stack([x * 2, y * 2, x * y // 8 % 256], -1).astype(np.uint8))
 
 
 def _slug(text: str) -> str: return re.sub(r"[^\w.+-]+", "_", str(text)).strip("_.") or "codec"
@@ -331,6 +340,8 @@ def find_contenders(codecs, qualities: dict[str, Sequence] | None = None, device
             identity = dict(model=codec.fingerprint.hex(), coder=codec.coder.name, device=codec.device.type,
                             dtype=str(codec.dtype).removeprefix("torch."), package=__version__)
         else: identity = dict(name=str(own), version=str(getattr(codec, "version", "")), package=__version__)
+        if isinstance(codec, Baseline):  # what it makes of a picture tells settings apart that share a name
+            identity["sample"] = _sha256(codec.compress(_sample(), codec.qualities[len(codec.qualities) // 2]))[:16]
         extension = ".hfc" if isinstance(codec, Codec) else getattr(codec, "extension", ".bin")
         found.append(Contender(label, codec, chosen, extension, identity))
     stray = set(qualities) - used
@@ -355,9 +366,6 @@ def parse_qualities(text: str | dict) -> dict[str, list]:
     return found
 
 # %% ../nbs/16_evaluation.ipynb #c4a717af
-def _sha256(data: bytes) -> str: return hashlib.sha256(data).hexdigest()
-
-
 def _seal(record: dict) -> str:
     "A record as a line with a checksum of its content."
     text = json.dumps(record, sort_keys=True, allow_nan=False)
@@ -745,10 +753,8 @@ def _store(out: Path, name: str, features: np.ndarray) -> dict[str, str]:
 
 def _warm_up(contenders: Sequence[Contender]) -> None:
     "A first call of each codec, which compiles and allocates, so that it is not in anybody's time."
-    y, x = np.mgrid[:128, :128]
-    image = Image.fromarray(np.stack([x * 2, y * 2, x + y], -1).astype(np.uint8))
     for c in contenders:
-        try: c.codec.decompress(c.compress(image, c.qualities[0]))
+        try: c.codec.decompress(c.compress(_sample(), c.qualities[0]))
         except Exception: pass  # it will fail, and be noted, on a photo  # noqa: S110
 
 

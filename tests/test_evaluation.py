@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,8 @@ def test_a_second_run_does_nothing_and_threads_change_nothing(photos, tmp_path, 
     assert other.reused == 3  # another model, another quality: not what was measured
     more = evaluate(photos, ["jpeg"], tmp_path / "a", qualities={"jpeg": [10]}, metrics=["psnr"])
     assert more.reused == 3
+    plain = replace(BASELINES["jpeg"], encode=lambda image, quality: BASELINES["jpeg"].encode(image, quality) + b"\0")
+    assert evaluate(photos, [plain], tmp_path / "a", qualities={"jpeg": [10]}, metrics=["psnr"]).reused == 0  # a namesake
     monkeypatch.setitem(METRICS, "mean", Metric("mean", "mean", lambda device: lambda a, b: float(np.mean(b))))
     assert evaluate(photos, ["jpeg"], tmp_path / "a", qualities={"jpeg": [10]}, metrics=["psnr", "mean"]).reused == 0
 
