@@ -569,9 +569,11 @@ class Evaluation:
             ax.set_xlabel("bpp, real files", fontsize=7)
             ax.tick_params(labelsize=7)
             ax.grid(alpha=0.3)
-            if ax.get_legend_handles_labels()[0]: ax.legend(fontsize=5.5)
         for ax in list(axes.flat)[len(metrics):]: ax.axis("off")
-        fig.tight_layout()
+        entries = {label: line for ax in axes.flat for line, label in zip(*ax.get_legend_handles_labels())}
+        strip = 0.18 * -(-len(entries) // (2 * columns)) / fig.get_figheight()  # the legend's lines, below the curves
+        if entries: fig.legend(entries.values(), entries, loc="lower center", ncols=2 * columns, fontsize=6, frameon=False)
+        fig.tight_layout(rect=(0, strip, 1, 1))
         plt.close(fig)  # it is shown where it is returned, and not once more at the end of a cell
         return fig
 
