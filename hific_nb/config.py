@@ -171,6 +171,7 @@ MODEL_PRESETS = {
                               latent_channels=128, hyperprior_channels=96),
 }
 MODEL_PRESETS["hific-lite-variable"] = MODEL_PRESETS["hific-lite"].replace(rate_levels=101)
+MODEL_PRESETS["hific-mixture"] = MODEL_PRESETS["hific"].replace(likelihood="mixture", latent_channels=64)
 
 
 def model_preset(name: str) -> ModelConfig:
