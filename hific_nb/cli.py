@@ -91,13 +91,14 @@ def compress_command(args) -> int:
 
     inputs = _inputs(args.input, find_images)
     codec = _codec(args)
+    rate = {name: value for name in ("quality", "bpp", "max_bytes") if (value := getattr(args, name)) is not None}
 
     def compress(source: Path, target: Path) -> str:
         image = read_image(source, args.max_pixels)
         if args.reconstruct:
-            write_atomic(target, _png(codec.reconstruct(image)))
+            write_atomic(target, _png(codec.reconstruct(image, **rate)))
             return f"{source} -> {target}"
-        data = codec.compress(image)
+        data = codec.compress(image, tile=args.tile, **rate)
         write_hfc(target, data)
         return (f"{source} -> {target}  {len(data):,} bytes, {8 * len(data) / (image.width * image.height):.3f} bpp, "
                 f"{100 * len(data) / source.stat().st_size:.1f} % of the original")
@@ -149,8 +150,11 @@ def info_command(args) -> int:
         if args.json: print(json.dumps({"file": str(source), **info}))
         else:
             alpha = {None: "no alpha", 0: "opaque alpha"}.get(info["alpha_bytes"], f"alpha {info['alpha_bytes']} bytes")
+            more = [f"level {info['level']}"] if info["level"] is not None else []
+            if info["tiles"]: more.append(f"{info['tiles']} tiles of {info['tile']} pixels")
+            more += [f"{name} {size} bytes" for name, size in info["streams"].items()]
             print(f"{source}: {info['width']} x {info['height']}, {info['bytes']:,} bytes, {info['bpp']:.3f} bpp, model "
-                  f"{info['model'] or 'unknown'} ({info['fingerprint']}), coder {info['coder']}, {alpha}")
+                  f"{info['model'] or 'unknown'} ({info['fingerprint']}), coder {info['coder']}, {', '.join([alpha, *more])}")
     return failed
 
 
@@ -365,6 +369,11 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("compress", compress_command, "Compress a picture, or every picture in a folder, to .hfc files.")
     files(sub, "a picture or a folder of pictures")
     sub.add_argument("--reconstruct", action="store_true", help="write PNGs of the reconstructions, without entropy coding")
+    wanted = sub.add_mutually_exclusive_group()
+    wanted.add_argument("--quality", type=_literal, help="0 ... 100, or low, med, high; for models with rate levels, as the next two")
+    wanted.add_argument("--bpp", type=float, help="bits per pixel to come as near to as the model can")
+    wanted.add_argument("--max-bytes", type=_positive, help="bytes that a file may have at most")
+    sub.add_argument("--tile", type=int, help="side in pixels of parts that can be decoded alone, a multiple of 64; 0: none")
     options(sub, "hific-lite", shipped)
     sub = command("decompress", decompress_command, "Decompress a .hfc file, or every one in a folder, to PNG.")
     files(sub, "a .hfc file or a folder of them")

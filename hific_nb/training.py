@@ -131,6 +131,7 @@ def load_warm_start(source: str | os.PathLike) -> tuple[Model, torch.nn.Module |
     if config.model_type == "compression_gan" and (state := _newest_checkpoint(path, "cpu")) is not None:
         critic = Discriminator(model.config.latent_channels, config.discriminator_channels)
         critic.load_state_dict(state["discriminator"])
+        critic.normalize_input_image = state["discriminator_range"]
     return model, critic
 
 
@@ -292,14 +293,26 @@ class Trainer:
         if self.discriminator is not None: parts |= dict(discriminator=self.discriminator, critic_optimizer=self.critic_optimizer)
         return parts
 
+    def warm_start(self, source: Model, discriminator: Discriminator | None = None) -> dict:
+        "Begin with the weights of `source`, and of `discriminator` where both runs have one; the report of `warm_start_from`."
+        report = warm_start_from(self.model, source)
+        if self.averaged is not None: self.averaged.module.load_state_dict(self.model.state_dict())
+        if self.discriminator is not None and discriminator is not None:
+            report["discriminator"] = warm_start_from(self.discriminator, discriminator)
+            self.discriminator.normalize_input_image = discriminator.normalize_input_image
+        return report
+
     def state_dict(self) -> dict:
         "All that a checkpoint needs: tensors and numbers."
-        return {name: part.state_dict() for name, part in self._parts().items()} | dict(step=self.step, skipped=self.skipped)
+        state = {name: part.state_dict() for name, part in self._parts().items()} | dict(step=self.step, skipped=self.skipped)
+        if self.discriminator is not None: state["discriminator_range"] = self.discriminator.normalize_input_image
+        return state
 
     def load_state_dict(self, state: dict) -> None:
         "The inverse; raises `KeyError`, `RuntimeError` or `ValueError` where `state` is of another run."
         for name, part in self._parts().items(): part.load_state_dict(state[name])
         self.step, self.skipped = state["step"], state["skipped"]
+        if self.discriminator is not None: self.discriminator.normalize_input_image = state["discriminator_range"]
 
 
 @contextmanager
@@ -600,16 +613,8 @@ def continue_run(run: str | os.PathLike, on_record: Callable[[dict], None] | Non
         if about.get("finished") == c.n_steps and (run/"model").exists(): return run/"model"
         torch.manual_seed(c.seed)
         model = Model(ModelConfig.from_dict(about["model"]))
-        if about["warm_start"] is not None:
-            source, source_critic = load_warm_start(about["warm_start"])
-            report = warm_start_from(model, source)
         perceptual = build_perceptual(objective.perceptual if objective.k_P else "none", about["lpips_weights"])
         trainer, seconds = Trainer(model, objective, c, team, perceptual), 0.0
-        if about["warm_start"] is not None:
-            if trainer.discriminator is not None and source_critic is not None:
-                report["discriminator"] = warm_start_from(trainer.discriminator, source_critic)
-            if team.rank == 0: _note(run, warm_start_report=report)
-            del source, source_critic
         need = check_memory(trainer, about["memory_gb"], memory_limit(team.device))
         if (state := _newest_checkpoint(run, team.device)) is not None:
             try: trainer.load_state_dict(state)
@@ -617,6 +622,9 @@ def continue_run(run: str | os.PathLike, on_record: Callable[[dict], None] | Non
                 raise TrainingError(f"The checkpoints in {run} do not fit its settings ({_first_line(error)}): delete the run to "
                                     "start afresh.") from error
             seconds = state["seconds"]
+        elif about["warm_start"] is not None:
+            report = trainer.warm_start(*load_warm_start(about["warm_start"]))
+            if team.rank == 0: _note(run, warm_start_report=report)
         if team.rank == 0:
             for rest in (run/"checkpoints").glob(".*.tmp"): rest.unlink()  # of a process that was killed
             _drop_records_after(run/"metrics.jsonl", trainer.step)

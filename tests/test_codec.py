@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageCms
 
 from hific_nb import Codec, HfcError
-from hific_nb.codec import MAX_PIXELS, CodecError, file_info
+from hific_nb.codec import MAX_PIXELS, CodecError, MissingCoderError, file_info
 from hific_nb.coders import CoderUnavailableError, get_coder
 from hific_nb.config import HificError
 from hific_nb.data import ImageError, find_images, image_to_tensor, read_image, sample_photo
@@ -443,7 +443,7 @@ def test_a_file_of_an_absent_coder_says_which_and_what_to_type(codec, data):
     other = pack(HfcFile(file.width, file.height, file.fingerprint, 3, file.payload))
     with mock.patch.dict(sys.modules, constriction=None):
         assert file_info(other)["coder"] == "constriction"
-        with pytest.raises(HfcError, match=r"pip install 'hific_nb\[coders\]'"): codec.decompress(other)
+        with pytest.raises(MissingCoderError, match=r"pip install 'hific_nb\[coders\]'"): codec.decompress(other)
 
 
 SETTINGS = [dict(ONEDNN_MAX_CPU_ISA="SSE41"), dict(ONEDNN_MAX_CPU_ISA="AVX2"), dict(ATEN_CPU_CAPABILITY="default"),

@@ -2,13 +2,16 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from hific_nb import Codec
@@ -105,7 +108,8 @@ def test_train_then_compress_with_the_result(tmp_path):
     photos.mkdir()
     for name in ("chelsea", "coffee", "rocket"): sample_photo(name).save(photos / f"{name}.png")
     run = tmp_path / "run"
-    settings = dict(dataset=photos, n_steps="4", batch_size=1, crop_size=64, log_every=1, regime="high", dtype="float32", perceptual="none")
+    settings = dict(dataset=photos, n_steps="4", batch_size=1, crop_size=64, log_every=1, regime="high", dtype="float32",
+                    perceptual="none")
     done, notebook = run_job("train", run, settings, tmp_path)
     assert done.returncode == 0, done.stderr
     assert {"train.ipynb", "run.json", "metrics.jsonl", "metrics.json", "checkpoints", "samples", "curves.png", "held_back.hfc",
@@ -122,6 +126,40 @@ def test_train_then_compress_with_the_result(tmp_path):
     assert cli_main(["decompress", str(tmp_path / "c.hfc"), "--model", str(run / "model")]) == 0
 
 
+@pytest.mark.parametrize("asked", ["TERM", "INT"])
+def test_a_killed_papermill_leaves_a_checkpoint(tmp_path, asked):
+    """papermill dies of SIGTERM, and its kernel a second after it; the run has saved by then, and goes on."""
+    photos, run = tmp_path / "photos", tmp_path / "run"
+    photos.mkdir()
+    for name in ("chelsea", "coffee"): sample_photo(name).save(photos / f"{name}.png")
+    command = [sys.executable, "-m", "papermill", ROOT / "nbs" / "jobs" / "train.ipynb", tmp_path / "out.ipynb", "-k", "python3",
+               "--no-progress-bar"]
+    settings = dict(dataset=photos, run=run, n_steps=100000, batch_size=1, crop_size=64, log_every=1, perceptual="none", dtype="float32")
+    for key, value in settings.items(): command += ["-p", key, str(value)]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log, deadline = run / "metrics.jsonl", time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= 5) and time.monotonic() < deadline: time.sleep(0.1)
+    process.send_signal(getattr(signal, f"SIG{asked}"))
+    process.communicate()
+    deadline = time.monotonic() + 20
+    while not list((run / "checkpoints").glob("step-*.pt")) and time.monotonic() < deadline: time.sleep(0.1)
+    checkpoint, = (run / "checkpoints").glob("step-*.pt")
+    assert torch.load(checkpoint, weights_only=True)["step"] >= 5
+
+
+def test_hific_train_makes_the_run_and_its_report(tmp_path, capfd):
+    photos, run = tmp_path / "photos", tmp_path / "run"
+    photos.mkdir()
+    for name in ("chelsea", "coffee"): sample_photo(name).save(photos / f"{name}.png")
+    few = ["--n-steps", "2", "--batch-size", "1", "--crop-size", "64", "--log-every", "1", "--perceptual", "none"]
+    assert cli_main(["finetune", "--dataset", str(photos), "--run", str(run), *few]) == 0
+    assert "step 2, loss" in capfd.readouterr().out and (run / "train.ipynb").exists() and (run / "model" / "config.json").exists()
+    about = json.loads((run / "run.json").read_text())
+    assert about["warm_start"] == "hific-lite" and about["warm_start_report"]["not_loaded"] == []
+    assert cli_main(["train", "--dataset", str(photos), "--run", str(tmp_path / "other"), "--perceptual", "nothing"]) == 1
+    assert "perceptual" in capfd.readouterr().err
+
+
 def test_the_guides_two_commands(tmp_path):
     """The base model, then the GAN that begins from it, with every network setting of the guide, in absolute steps."""
     photos = tmp_path / "photos"
@@ -131,7 +169,8 @@ def test_the_guides_two_commands(tmp_path):
                    normalize_input_image=True, use_channel_norm=True)
     both = dict(dataset=photos, regime="low", n_steps="2", batch_size=2, crop_size=64, log_every=1, dtype="float32",
                 perceptual="ms-ssim", schedule_in="steps", rate_warmup=1, lr_drop_at=500000, **drawing)
-    slim = "from hific_nb import config\nconfig.MODEL_PRESETS['hific'] = config.model_preset('hific').replace(channels=[4, 4, 4, 8, 8])\n"
+    slim = ("from hific_nb import config\n"
+            "config.MODEL_PRESETS['hific'] = config.model_preset('hific').replace(channels=[4, 4, 4, 8, 8])\n")
     (tmp_path / "ipython" / "profile_default" / "startup").mkdir(parents=True)
     (tmp_path / "ipython" / "profile_default" / "startup" / "slim.py").write_text(slim)  # the paper's widths take gigabytes
     environment = dict(IPYTHONDIR=str(tmp_path / "ipython"))

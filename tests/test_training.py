@@ -260,6 +260,44 @@ def test_a_folder_without_photos(tmp_path):
         train(tmp_path / "run", tmp_path / "empty", TINY, OBJECTIVE, SHORT)
 
 
+def test_a_published_checkpoint_begins_both_networks(photos, tmp_path):
+    """The guide's fine-tuning: a .pt file with a discriminator, in the published layout."""
+    from hific_nb.gan import Discriminator
+
+    drawing = ModelConfig(channels=(4, 4, 4, 8, 8), latent_channels=8, hyperprior_channels=8, n_residual_blocks=1)
+    torch.manual_seed(3)
+    model, critic = Model(drawing), Discriminator(8, (4, 8, 8, 8))
+    names = {".parametrizations.weight.original": ".weight_orig", ".parametrizations.weight.0._u": ".weight_u",
+             ".parametrizations.weight.0._v": ".weight_v"}
+    published = {}
+    for key, value in critic.state_dict().items():
+        for ours, theirs in names.items(): key = key.replace(ours, theirs)
+        published[key] = value
+    settings = dict(latent_channels=8, n_residual_blocks=1, likelihood_type="gaussian", normalize_input_image=False, regime="low")
+    torch.save(dict(model_state_dict=model.state_dict(), discriminator_state_dict=published, args=settings, epoch=0, steps=0.0),
+               tmp_path / "published.pt")
+    config = SHORT.replace(n_steps=2, learning_rate=1e-8, ema_decay=0.0, **CRITIC)
+    train(tmp_path / "tuned", photos, drawing, OBJECTIVE, config, warm_start=tmp_path / "published.pt")
+    state = newest(tmp_path / "tuned")
+    report = json.loads((tmp_path / "tuned" / "run.json").read_text())["warm_start_report"]
+    assert report["not_loaded"] == report["left_over"] == report["discriminator"]["not_loaded"] == []
+    assert all(torch.allclose(state["model"][key], value, atol=1e-5) for key, value in model.state_dict().items())
+    assert torch.allclose(state["discriminator"]["conv_out.weight"], critic.conv_out.weight, atol=1e-5)
+    assert state["discriminator_range"] is False  # it looks at images as they are
+    again = train(tmp_path / "again", photos, drawing, OBJECTIVE, config, warm_start=tmp_path / "tuned")
+    assert again.exists() and newest(tmp_path / "again")["discriminator_range"] is False
+
+
+def test_the_rate_ends_at_the_target_on_photos_held_back(shared, tmp_path):
+    """A full short run: its schedules, its switch, and held-back photos that it was never trained on."""
+    objective = Objective.for_regime("low", target_bpp=0.12, perceptual="none")
+    config = SHORT.replace(n_steps=800, batch_size=4, crop_size=128, learning_rate=3e-3, lr_schedule="cosine", warmup_steps=20,
+                           grad_clip=5.0, ema_decay=0.98, log_every=100, sample_every=800, checkpoint_minutes=60.0)
+    train(tmp_path / "run", shared / "data" / "train" / "a", TINY, objective, config, device="cpu", memory_gb=0.5)
+    last = records(tmp_path / "run")[-1]["held_back"]
+    assert last["photos"] >= 10 and abs(last["bpp"] / 0.12 - 1) < 0.1
+
+
 GRADIENTS = """
 import sys, torch, hific_nb.hyperprior
 from hific_nb.config import ModelConfig, Objective, TrainConfig
@@ -298,8 +336,8 @@ def test_two_processes_have_the_gradient_of_one(photos, tmp_path):
     one = [sys.executable, tmp_path / "gradients.py"]
     two = [*_launch_command(tmp_path, 2)[:-3], tmp_path / "gradients.py"]
     for name, command in (("one", one), ("two", two)):
-        done = subprocess.run([*command, photos, tmp_path / name, tmp_path / "weights.pt", settings], capture_output=True, text=True,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"})
+        done = subprocess.run([*command, photos, tmp_path / name, tmp_path / "weights.pt", settings], capture_output=True,
+                              text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr
     alone, *both = (torch.load(tmp_path / f"{name}.pt") for name in ("one-0", "two-0", "two-1"))
     assert alone["lmbda"] == both[0]["lmbda"] == both[1]["lmbda"] == 2 ** -4
