@@ -286,7 +286,6 @@ def job_command(args) -> int:
     name, defaults = _job(args.command)
     given = {p: v for p, v in vars(args).items() if p in defaults}
     parameters = {p: given.get(p, default) for p, default in (_FINETUNING if args.command == "finetune" else {}).items()} | given
-    parameters = {p: str(v) if isinstance(defaults[p], str) else v for p, v in parameters.items()}
     run = Path(parameters.pop("run", defaults["run"]))
     executed = run_job(name, run, parameters, log=sys.stdout)
     if executed is None: raise HificError(f"hific {args.command} runs a notebook: pip install 'hific_nb[train]' first.")
@@ -370,7 +369,8 @@ def build_parser() -> argparse.ArgumentParser:
     files(sub, "a picture or a folder of pictures")
     sub.add_argument("--reconstruct", action="store_true", help="write PNGs of the reconstructions, without entropy coding")
     wanted = sub.add_mutually_exclusive_group()
-    wanted.add_argument("--quality", type=_literal, help="0 ... 100, or low, med, high; for models with rate levels, as the next two")
+    wanted.add_argument("--quality", type=_literal,
+                        help="0 ... 100, or low, med, high; for models with rate levels, as the next two")
     wanted.add_argument("--bpp", type=float, help="bits per pixel to come as near to as the model can")
     wanted.add_argument("--max-bytes", type=_positive, help="bytes that a file may have at most")
     sub.add_argument("--tile", type=int, help="side in pixels of parts that can be decoded alone, a multiple of 64; 0: none")
@@ -394,8 +394,9 @@ def build_parser() -> argparse.ArgumentParser:
         notes, sub = _parameter_notes(job), command(name, job_command, help)
         sub.usage = f"hific {name} [--NAME VALUE ...]"
         for p, default in defaults.items():
-            sub.add_argument(f"--{p.replace('_', '-')}", dest=p, type=_literal, default=argparse.SUPPRESS, metavar="VALUE",
-                             help=f"{notes.get(p, '')} (default: {default!r})".replace("%", "%%").strip())
+            note = f"{notes.get(p, '')} (default: {default!r})".replace("%", "%%").strip()
+            sub.add_argument(f"--{p.replace('_', '-')}", dest=p, type=str if isinstance(default, str) else _literal,
+                             default=argparse.SUPPRESS, metavar="VALUE", help=note)
     sub = command("evaluate", evaluate_command, "Compare models and baselines on a folder of photos, from real files.")
     sub.add_argument("input", type=Path, help="a folder of photos, or one photo")
     sub.add_argument("-o", "--out", type=Path, default=Path("outputs/evaluate"),

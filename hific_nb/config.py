@@ -299,7 +299,8 @@ class TrainConfig(_Record):
         channels = _positive_ints(self.discriminator_channels, "discriminator_channels")
         _require(min(channels) >= 1, "discriminator_channels must all be at least 1.")
         object.__setattr__(self, "discriminator_channels", channels)
-        for name, known in (("model_type", MODEL_TYPES), ("lr_schedule", ("step", "cosine")), ("dtype", ("auto", "float32", "bfloat16"))):
+        choices = dict(model_type=MODEL_TYPES, lr_schedule=("step", "cosine"), dtype=("auto", "float32", "bfloat16"))
+        for name, known in choices.items():
             if getattr(self, name) not in known: raise _unknown(name, getattr(self, name), known)
         _require(0 <= self.lr_drop_at <= 1 and 0 < self.lr_drop <= 1, "lr_drop_at and lr_drop are shares of 1.")
         _require(0 <= self.ema_decay < 1, "ema_decay must lie in 0 ... 1, 1 excluded.")

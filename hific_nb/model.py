@@ -116,7 +116,8 @@ def rate_distortion_loss(out: dict[str, Tensor], x: Tensor, objective: Objective
     out: of `Model.forward` for the images x (B, 3, H, W) in 0 ... 1. progress: 0 ... 1 through the training.
     perceptual: (recon, x) -> (B,) distances. adversarial: loss of the generator against a discriminator, a scalar or (B,).
     Without levels, lambda is the switch of Mentzer et al. 2020: the *quantized* rate of the batch decides on it (`batch_bpp`
-    where these images are a part of the batch), the *noisy* rate is penalized. With `levels`, the number of a model's rate levels, every image has the lambda of its level, and
+    where these images are a part of the batch), the *noisy* rate is penalized. With `levels`, the number of a model's rate
+    levels, every image has the lambda of its level, and
     its Lagrangian is divided by the root of that lambda, so that no end of the range drowns the other.
     The parts, floats: loss, bpp (quantized), bpp_noisy, mse, psnr (dB, of the batch's mean MSE), lmbda, and `perceptual` and
     `adversarial` where they are given.

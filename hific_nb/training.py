@@ -59,7 +59,8 @@ def ema_update(decay: float) -> Callable:
 def watched_crops(paths: list, limit: int = 16, side: int = 512) -> list[Tensor]:
     """The centres, up to `side` pixels a side, of `limit` photos spread over `paths`: uint8 (1, 3, h, w) each.
 
-    paths: of image files, or whatever else `read_image` takes. Photos that cannot be read are left out with a warning, those smaller than 64 pixels without.
+    paths: of image files, or whatever else `read_image` takes. Photos that cannot be read are left out with a warning, those
+    smaller than 64 pixels without.
     """
     crops, unit = [], 4 * DOWNSAMPLING
     for path in paths[:: max(1, len(paths) // limit)][:limit]:
@@ -275,9 +276,9 @@ class Trainer:
             self._in_a_row = 0 if finite else self._in_a_row + 1
             self.step += 1
         if self._in_a_row >= self.PATIENCE:
-            raise TrainingError(f"The gradient was not finite in {self._in_a_row} steps one after the other, up to step {self.step}: "
-                                "lower the learning rate, or set grad_clip, and start a new run, or go on from the last "
-                                "checkpoint, which is intact.")
+            raise TrainingError(f"The gradient was not finite in {self._in_a_row} steps one after the other, up to step "
+                                f"{self.step}: lower the learning rate, or set grad_clip, and start a new run, or go on from "
+                                "the last checkpoint, which is intact.")
         return record | dict(learning_rate=rate, skipped=self.skipped)
 
     def _update(self, rate: float) -> None:
@@ -420,8 +421,8 @@ def _save_checkpoint(run: Path, state: dict, keep: int) -> None:
     except (OSError, RuntimeError) as error:  # torch turns some failures of a disk into RuntimeErrors
         temporary.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise TrainingError(f"Cannot write {path} ({reason}): check the folder and the space left on the disk. The checkpoint before "
-                            "it is intact, and the same call goes on from there.") from error
+        raise TrainingError(f"Cannot write {path} ({reason}): check the folder and the space left on the disk. The checkpoint "
+                            "before it is intact, and the same call goes on from there.") from error
     for old in _checkpoints(run)[keep:]: old.unlink(missing_ok=True)
 
 
@@ -669,7 +670,8 @@ def _loop(run: Path, trainer: Trainer, about: dict, seconds: float, on_record: C
         nonlocal seconds, last_log, logged
         now = time.monotonic()
         span, seconds = now - last_log, seconds + now - last_log
-        record |= dict(step=trainer.step, steps_per_second=(trainer.step - logged) / span, waiting=batches.wait_share(), seconds=seconds)
+        record |= dict(step=trainer.step, steps_per_second=(trainer.step - logged) / span, waiting=batches.wait_share(),
+                       seconds=seconds)
         last_log, logged, sample = now, trainer.step, None
         if watched and (trainer.step % c.sample_every == 0 or trainer.step == c.n_steps):
             record["held_back"] = held_back_rate(trainer.kept, watched, trainer.perceptual, trainer.dtype)

@@ -134,7 +134,8 @@ def test_a_killed_papermill_leaves_a_checkpoint(tmp_path, asked):
     for name in ("chelsea", "coffee"): sample_photo(name).save(photos / f"{name}.png")
     command = [sys.executable, "-m", "papermill", ROOT / "nbs" / "jobs" / "train.ipynb", tmp_path / "out.ipynb", "-k", "python3",
                "--no-progress-bar"]
-    settings = dict(dataset=photos, run=run, n_steps=100000, batch_size=1, crop_size=64, log_every=1, perceptual="none", dtype="float32")
+    settings = dict(dataset=photos, run=run, n_steps=100000, batch_size=1, crop_size=64, log_every=1, perceptual="none",
+                    dtype="float32")
     for key, value in settings.items(): command += ["-p", key, str(value)]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     log, deadline = run / "metrics.jsonl", time.monotonic() + 120
