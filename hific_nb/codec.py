@@ -31,7 +31,7 @@ from .metrics import bpp, image_metrics
 from .model import GAIN_UNIT, Coding, Model, model_fingerprint
 from .rans import CodingError, CorruptStreamError
 from .transforms import DOWNSAMPLING
-from .zoo import list_models, load_pretrained, model_folder, name_of_fingerprint
+from .zoo import find_model, list_models, load_pretrained, model_info, name_of_fingerprint, save_pretrained
 
 # %% ../nbs/13_codec.ipynb #da46a12e
 MAX_PIXELS = 2 ** 27  # 134 megapixels: the default guard of both directions, between Pillow's warning and its refusal
@@ -106,14 +106,38 @@ class Codec:
         self._gains = None if self.coding.gains is None else [
             torch.from_numpy(gains).to(self.device).float()[:, None, :, None, None] * GAIN_UNIT
             for gains in (self.coding.gains, self.coding.inverse_gains)]  # (levels, 1, C, 1, 1), exact in float32
+        self._given, self._akin = model, {self.fingerprint: True}  # _akin: whether the files of a fingerprint are read
         self.model = copy.deepcopy(model).eval().requires_grad_(False).to(self.device)
         for part in (self.model.Encoder, self.model.Generator): part.to(dtype, memory_format=torch.channels_last)
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike = "hific-lite", device: str | None = None,
                         dtype: torch.dtype | None = None, **options) -> "Codec":
-        "The codec of a shipped model's name (see `list_models`) or of a model folder; `options` as in `Codec`."
-        return cls(load_pretrained(name), name=model_folder(name).name, device=device, dtype=dtype, **options)
+        """The codec of a shipped model's name (see `list_models`), of a model folder, or of a model on the Hugging Face Hub.
+
+        The last is named `owner/name` or `owner/name@revision`, see `zoo.download_model`. `options` as in `Codec`.
+        """
+        folder, known_as = find_model(name)
+        codec = cls(load_pretrained(folder), name=known_as, device=device, dtype=dtype, **options)
+        codec._given = folder  # the float32 weights need not stay in memory
+        return codec
+
+    def save_pretrained(self, folder: str | os.PathLike, **about) -> Path:
+        """Save the model as a folder for `from_pretrained`, with a card; its fingerprint stays, so files go on to decode.
+
+        about: description, figures and readme of the card as in `zoo.save_pretrained`; of a model from a folder, its own otherwise.
+        Raises `CodecError` where the model was trained on since this codec was made of it.
+        """
+        model = self._given
+        if not isinstance(model, Model):
+            readme, known = model/"README.md", model_info(model)
+            own = dict(description=known.description, figures=known.figures)
+            if readme.is_file() and not about: own["readme"] = readme.read_text(encoding="utf-8")
+            model, about = load_pretrained(model), own | about
+        coding = getattr(model, "coding", None) or Coding.from_model(model)
+        if model_fingerprint(model, coding) != self.fingerprint:
+            raise CodecError("The model has changed since this codec was made of it: make a new codec, and save that.")
+        return save_pretrained(model, folder, **about)
 
     def __repr__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -321,6 +345,27 @@ class Codec:
         return self.encode(self.encode_latents(image, quality=quality, bpp=bpp, max_bytes=max_bytes, tile=tile,
                                                streams=streams), tile)
 
+    def read_files_of(self, other: str | os.PathLike | Model) -> "Codec":
+        """Decode the files of another model from now on, with this codec's generator; returns the codec.
+
+        For a generator that was fine-tuned on frozen latents (`TrainConfig.train_encoder=False`). Of shipped models this
+        happens unasked. other: a model, or what `from_pretrained` takes. Raises `CodecError` unless config, hyperprior, tables
+        and gains are the same to the bit: nothing else decides which latents a file holds.
+        """
+        model = other if isinstance(other, Model) else load_pretrained(other)
+        coding = getattr(model, "coding", None) or Coding.from_model(model)
+        if _latents_fingerprint(model, coding) != _latents_fingerprint(self.model, self.coding):
+            raise CodecError("The other model differs in more than encoder and generator: this one would read its files wrongly.")
+        self._akin[model_fingerprint(model, coding)] = True
+        return self
+
+    def _reads(self, fingerprint: bytes) -> bool:
+        "Whether files of this fingerprint are read; of a shipped model that is found out once."
+        if fingerprint not in self._akin and (needs := name_of_fingerprint(fingerprint)):
+            try: self.read_files_of(needs)
+            except CodecError: self._akin[fingerprint] = False
+        return self._akin.get(fingerprint, False)
+
     @torch.inference_mode()
     def decode_latents(self, data: bytes | str | os.PathLike) -> Latents:
         """Bytes or path of a `.hfc` file -> its symbols and quantized latents, without running the generator.
@@ -328,7 +373,7 @@ class Codec:
         Raises `HfcError`, or the subclass that says what is wrong with the file.
         """
         file = read_hfc(data, self.max_pixels)
-        if file.fingerprint != self.fingerprint:
+        if not self._reads(file.fingerprint):
             check_model(file, self.fingerprint, self.name or "this model", name_of_fingerprint(file.fingerprint))
         config = self.model.config
         if (file.level is not None) != bool(self.levels) or self.levels and file.level >= self.levels:
@@ -363,6 +408,13 @@ class Codec:
     def info(self, data: bytes | str | os.PathLike) -> dict:
         "What a file says about itself, see `file_info`; any model's files will do."
         return file_info(data)
+
+
+def _latents_fingerprint(model: Model, coding: Coding) -> bytes:
+    "As `model_fingerprint`, over what decides which quantized latents a file holds: all but encoder and generator."
+    rest = copy.copy(model)
+    rest._modules = {name: part for name, part in model._modules.items() if name not in ("Encoder", "Generator")}
+    return model_fingerprint(rest, coding)
 
 
 def _number(name: str, value, least: float = 1e-9, most: float = 1e18) -> float:

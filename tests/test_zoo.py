@@ -1,12 +1,24 @@
-"""The shipped models are what their cards say."""
+"""The shipped models are what their cards say; models are found by name, folder and Hub address, and given away as folders."""
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
-from hific_nb.model import load_model, model_fingerprint
-from hific_nb.zoo import ALIASES, list_models, model_folder, name_of_fingerprint
+from hific_nb.codec import Codec, CodecError
+from hific_nb.data import sample_photo
+from hific_nb.hfc import ModelMismatchError
+from hific_nb.model import ModelError, load_model, model_fingerprint
+from hific_nb.zoo import (ALIASES, MODEL_FILES, HubError, UnknownModelError, list_models, load_pretrained, model_folder, model_info,
+                          name_of_fingerprint, save_pretrained)
+
+from tiny import LEVELS, draw, tiny_codec, tiny_model
 
 MODELS = list_models()
 
@@ -35,3 +47,219 @@ def test_the_card_is_true(info):
 def test_weights_are_half_precision_and_small(info):
     assert info.weight_bytes < 16e6
     assert info.weight_bytes == pytest.approx(2 * info.parameters, rel=0.01)
+
+
+def test_the_card_of_a_model_with_levels(tmp_path):
+    points = [dict(quality=q, bpp=b, psnr=p, lpips_alex=a) for q, b, p, a in
+              ((50, 0.36, 29.0, 0.1), (0, 0.09, 25.0, 0.2), (100, 0.91, 33.0, 0.03))]
+    figures = dict(dataset="kodak", photos=24, levels=points, **{k: v for k, v in points[0].items() if k != "quality"})
+    folder = save_pretrained(tiny_model(levels=True), tmp_path / "tiny", description="for every rate", figures=figures)
+    info = model_info(folder)
+    assert info.levels == LEVELS and info.regimes == dict(low=1, med=4, high=7)
+    assert info.rates == (0.09, 0.91) and [p["quality"] for p in info.points] == [0, 50, 100]
+    for shown in (f"{LEVELS} rate levels, 0.090 ... 0.910 bpp", "med is level 4", "for every rate",
+                  "quality 100: 0.910 bpp, 33.00 dB PSNR, 0.0300 LPIPS (Alex)"):
+        assert shown in str(info)
+    text = (folder / "README.md").read_text()
+    for shown in ("0.090 to 0.910 bpp", "| 100 | 0.91 | 33 | 0.03 |", info.fingerprint, "sensitive", "kodak, 24 photos"):
+        assert shown in text
+    assert json.loads((folder / "card.json").read_text())["figures"] == figures
+
+
+def test_a_folder_without_a_card_is_known_by_its_headers(tmp_path):
+    folder = save_pretrained(tiny_model(), tmp_path / "tiny", description="one rate")
+    stated = model_info(folder)
+    (folder / "card.json").unlink()
+    found = model_info(folder)
+    assert (found.fingerprint, found.parameters) == (stated.fingerprint, stated.parameters)
+    assert found.description == "" and found.rates is None and found.points == [] and found.levels == 0
+    assert load_pretrained(folder) is not None
+    (folder / "card.json").write_text('{"figures": "many"}')
+    with pytest.raises(ModelError, match="card.json is damaged"): model_info(folder)
+    with pytest.raises(ModelError, match="card.json is damaged"): load_pretrained(folder)
+
+
+def test_a_changed_file_is_noticed(tmp_path):
+    folder = save_pretrained(tiny_model(), tmp_path / "tiny")
+    other = save_pretrained(tiny_model(seed=1), tmp_path / "other")
+    for name in MODEL_FILES[1:4]:
+        kept = (folder / name).read_bytes()
+        (folder / name).write_bytes((other / name).read_bytes())
+        with pytest.raises(ModelError, match="get the whole folder again|Get the whole folder again"): Codec.from_pretrained(folder)
+        (folder / name).write_bytes(kept)
+    assert Codec.from_pretrained(folder).fingerprint == tiny_codec().fingerprint
+
+
+@pytest.mark.parametrize("levels", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_and_loaded_is_the_same_model(tmp_path, levels, dtype):
+    """Its tables are not those that the weights would give on this machine: they must be kept, not made again."""
+    codec = Codec(tiny_model(levels=levels), device="cpu", dtype=dtype)
+    latents = draw(codec, 70, 50, 3, level=5 if levels else None)
+    data = codec.encode(latents)
+    first = codec.save_pretrained(tmp_path / "first", description="once")
+    second = Codec.from_pretrained(first, dtype=torch.bfloat16).save_pretrained(tmp_path / "second")
+    assert sorted(p.name for p in second.iterdir()) == sorted(MODEL_FILES)
+    for name in MODEL_FILES[:4]: assert (first / name).read_bytes() == (second / name).read_bytes()
+    assert (first / "README.md").read_bytes() == (second / "README.md").read_bytes()
+    for folder in (first, second):
+        again = Codec.from_pretrained(folder, device="cpu", dtype=dtype)
+        assert again.fingerprint == codec.fingerprint and again.name == folder.name
+        assert np.array_equal(again.decode_latents(data).symbols, latents.symbols)
+        assert np.array_equal(np.asarray(again.decompress(data)), np.asarray(codec.decompress(data)))
+    info = model_info(second)
+    assert info.description == "once" and info.weight_bytes < 2 * info.parameters + 18_000  # half precision, and its header
+
+
+def test_weights_that_half_precision_would_round_are_kept(tmp_path):
+    model = tiny_model()
+    with torch.no_grad(): next(model.Generator.parameters()).add_(1e-5)
+    before = Codec(model, device="cpu", dtype=torch.bfloat16)
+    folder = before.save_pretrained(tmp_path / "exact")
+    assert load_model(folder).state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(a, b) for a, b in zip(load_model(folder).state_dict().values(), model.state_dict().values()))
+    assert Codec.from_pretrained(folder).fingerprint == before.fingerprint
+
+
+def test_a_model_that_was_trained_on_is_not_saved_as_the_old_one(tmp_path):
+    model = tiny_model()
+    codec = Codec(model, device="cpu")
+    with torch.no_grad(): next(model.parameters()).add_(1)
+    with pytest.raises(CodecError, match="has changed"): codec.save_pretrained(tmp_path / "late")
+    assert not (tmp_path / "late").exists()
+
+
+def test_files_of_a_model_with_another_generator_or_hyperprior(tmp_path):
+    old = tiny_codec()
+    data = old.encode(draw(old, 40, 40, 1))
+    repainted, retrained = tiny_model(), tiny_model()
+    with torch.no_grad():
+        next(repainted.Generator.parameters()).mul_(0.5)
+        next(retrained.Hyperprior.synthesis_mu.parameters()).mul_(0.5)
+    new = Codec(repainted, device="cpu", dtype=torch.float32)
+    with pytest.raises(ModelMismatchError): new.decompress(data)  # no shipped model, so it must be named
+    assert new.read_files_of(tiny_model()).decompress(data).size == (40, 40)
+    assert not np.array_equal(np.asarray(new.decompress(data)), np.asarray(old.decompress(data)))
+    assert np.array_equal(new.decode_latents(data).symbols, old.decode_latents(data).symbols)
+    other = Codec(retrained, device="cpu")
+    for wrong in (tiny_model(), save_pretrained(tiny_model(), tmp_path / "old"), tiny_model(levels=True), "hific-lite"):
+        with pytest.raises(CodecError, match="more than encoder and generator"): other.read_files_of(wrong)
+    with pytest.raises(ModelMismatchError): other.decompress(data)
+
+
+def test_files_of_shipped_models_still_name_them():
+    data = Codec.from_pretrained("hific-lite").compress(sample_photo("coffee").crop((0, 0, 32, 32)))
+    for _ in range(2):  # found out once, and remembered
+        with pytest.raises(ModelMismatchError, match="hific-lite"): tiny_codec().decompress(data)
+
+
+HUB = """
+import hashlib, json, os, sys, threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+root, out = Path(sys.argv[1]), {}
+commits = {"someone/tiny": {"main": "a" * 40, "v1": "b" * 40}, "someone/forged": {"main": "c" * 40}}
+asked = []
+
+class Hub(BaseHTTPRequestHandler):
+    def answer(self, data, status=200, **headers):
+        self.send_response(status)
+        for key, value in headers.items(): self.send_header(key.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command == "GET": self.wfile.write(data)
+
+    def do_GET(self):
+        path = self.path.split("?")[0].strip("/")
+        asked.append(path)
+        words = path.split("/")
+        repo = "/".join(words[2:4] if words[0] == "api" else words[:2])
+        if repo not in commits: return self.answer(b"{}", 401, X_Error_Code="RepoNotFound")
+        revision = words[5] if words[0] == "api" else words[3]
+        commit = revision if revision in commits[repo].values() else commits[repo].get(revision)
+        if commit is None: return self.answer(b"{}", 404, X_Error_Code="RevisionNotFound")
+        files = sorted(p for p in (root/commit).iterdir())
+        if words[0] == "api" and words[4] == "revision":
+            return self.answer(json.dumps(dict(id=repo, sha=commit, siblings=[dict(rfilename=p.name) for p in files])).encode(),
+                               Content_Type="application/json")
+        if words[0] == "api" and words[4] == "tree":
+            return self.answer(json.dumps([dict(type="file", path=p.name, size=p.stat().st_size,
+                                                oid=hashlib.sha1(p.read_bytes()).hexdigest()) for p in files]).encode(),
+                               Content_Type="application/json")
+        data = (root/commit/words[4]).read_bytes()
+        self.answer(data, X_Repo_Commit=commit, ETag='"' + hashlib.sha1(data).hexdigest() + '"')
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args): pass
+
+server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+os.environ |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(root/"home"), "NO_PROXY": "127.0.0.1",
+               "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_XET": "1"}
+
+from hific_nb.codec import Codec
+from hific_nb.zoo import load_pretrained, model_folder
+
+def tried(name):
+    try: load_pretrained(name)
+    except Exception as error: return type(error).__name__ + ": " + str(error)
+    return "no error"
+
+codec = Codec.from_pretrained("someone/tiny", device="cpu")
+out["first"] = dict(name=codec.name, fingerprint=codec.fingerprint.hex(), size=codec.decompress(root/"file.hfc").size)
+out["files"] = sorted(p.name for p in model_folder("someone/tiny").iterdir())
+out["asked"] = sorted({p.split("/")[-1] for p in asked if "/resolve/" in p})
+out["v1"] = Codec.from_pretrained("someone/tiny@v1", device="cpu").fingerprint.hex()
+out["commit"] = Codec.from_pretrained("someone/tiny@" + "a" * 40, device="cpu").fingerprint.hex()
+out["nobody"], out["gone"], out["forged"] = tried("nobody/tiny"), tried("someone/tiny@gone"), tried("someone/forged")
+before = len(asked)
+os.makedirs("models")
+out["mistyped"] = tried("models/tyni")
+out["asked for a mistyped path"] = len(asked) - before
+server.shutdown()
+server.server_close()
+before = len(asked)
+out["cached"] = [Codec.from_pretrained(name, device="cpu").fingerprint.hex() for name in ("someone/tiny", "someone/tiny@v1")]
+out["never seen"] = tried("someone/other")
+out["asked when it was gone"] = len(asked) - before
+(root/"out.json").write_text(json.dumps(out))
+"""
+
+
+def test_a_model_from_the_hub_and_from_its_cache(tmp_path):
+    """The client itself, against a server on loopback that answers as the Hub does; then with the server gone."""
+    pytest.importorskip("huggingface_hub")
+    for commit, seed in (("a", 0), ("b", 1), ("c", 2)):
+        folder = save_pretrained(tiny_model(seed=seed), tmp_path / (40 * commit))
+        (folder / "pytorch_model.bin").write_bytes(b"a pickle")
+        (folder / "setup.py").write_text("raise SystemExit")
+    weights = bytearray((folder / "weights.safetensors").read_bytes())
+    weights[-2] ^= 1
+    (folder / "weights.safetensors").write_bytes(weights)
+    codec = tiny_codec()
+    (tmp_path / "file.hfc").write_bytes(codec.encode(draw(codec, 33, 20, 5)))
+    (tmp_path / "cwd").mkdir()
+    done = subprocess.run([sys.executable, "-c", HUB, str(tmp_path)], cwd=tmp_path / "cwd", capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}, timeout=300)
+    assert done.returncode == 0, done.stderr
+    out = json.loads((tmp_path / "out.json").read_text())
+    one, two = (tiny_codec(seed).fingerprint.hex() for seed in (0, 1))
+    assert out["first"] == dict(name="someone/tiny", fingerprint=one, size=[33, 20])
+    assert out["files"] == out["asked"] == sorted(MODEL_FILES)
+    assert out["v1"] == two != one and out["commit"] == one and out["cached"] == [one, two]
+    assert out["nobody"].startswith("HubError: There is no folder 'nobody/tiny' here, and no public nobody/tiny")
+    assert out["gone"].startswith("HubError: The repository someone/tiny") and "no revision 'gone'" in out["gone"]
+    assert out["forged"].startswith("ModelError: The files in") and "fingerprint is another" in out["forged"]
+    assert out["mistyped"].startswith("UnknownModelError") and out["asked for a mistyped path"] == 0
+    assert out["never seen"].startswith("HubError") and "cannot be reached, and no copy is in its cache" in out["never seen"]
+    assert out["asked when it was gone"] == 0
+
+
+def test_the_hub_without_its_package_and_addresses_that_are_none(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(HubError, match="pip install huggingface_hub"): Codec.from_pretrained("someone/tiny")
+    for name in ("../someone/tiny", "someone/tiny/more", "someone/", Path("someone/tiny"), ".hidden/tiny", "someone/tiny@"):
+        with pytest.raises(UnknownModelError) as error: model_folder(name)
+        assert not isinstance(error.value, HubError)

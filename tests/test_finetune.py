@@ -1,0 +1,57 @@
+"""A model that goes on training on other photos: what becomes of the files that the old one wrote."""
+
+import numpy as np
+import pytest
+import torch
+
+from hific_nb.cli import main
+from hific_nb.codec import Codec
+from hific_nb.config import Objective, TrainConfig
+from hific_nb.data import sample_photo
+from hific_nb.hfc import ModelMismatchError
+from hific_nb.training import train
+from hific_nb.zoo import load_pretrained
+
+SHORT = TrainConfig(n_steps=3, batch_size=1, crop_size=64, learning_rate=1e-3, dtype="float32", log_every=1, ema_decay=0.5)
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """Folders of hific-lite after three steps: its generator alone, and all of it."""
+    root = tmp_path_factory.mktemp("finetune")
+    (root / "photos").mkdir()
+    sample_photo("rocket").save(root / "photos" / "rocket.png")
+    config, objective = load_pretrained("hific-lite").config, Objective.for_regime("med", k_P=0.0)
+    return [train(root / name, root / "photos", config, objective, SHORT.replace(train_encoder=name == "all"),
+                  warm_start="hific-lite", device="cpu") for name in ("generator", "all")]
+
+
+def test_a_tuned_generator_paints_the_files_of_the_old_model(tuned):
+    old, new = (Codec.from_pretrained(name, device="cpu", dtype=torch.float32) for name in ("hific-lite", tuned[0]))
+    photo = sample_photo("coffee").crop((100, 100, 260, 230))
+    data = old.compress(photo)
+    assert new.fingerprint != old.fingerprint
+    sent, received = old.encode_latents(photo), new.decode_latents(data)
+    assert np.array_equal(sent.symbols, received.symbols) and torch.equal(sent.y_hat, received.y_hat)
+    before, after = (np.asarray(c.decompress(data), int) for c in (old, new))
+    assert 0 < np.abs(before - after).mean() < 40  # another picture, of the same thing
+    assert np.array_equal(after, np.asarray(new.decompress(new.compress(photo))))  # what it would have written itself
+    assert len(new.compress(photo)) == len(data)
+    assert np.array_equal(np.asarray(old.read_files_of(tuned[0]).decompress(new.compress(photo))), before)
+
+
+def test_the_command_decodes_old_files_with_the_tuned_generator(tuned, tmp_path, capsys):
+    sample_photo("coffee").crop((0, 0, 64, 48)).save(tmp_path / "a.png")
+    assert main(["compress", str(tmp_path / "a.png"), "--device", "cpu"]) == 0
+
+    def decompress(model, out):
+        return main(["decompress", str(tmp_path / "a.hfc"), "--model", str(model), "--out", str(tmp_path / out), "--device", "cpu"])
+
+    assert (decompress(tuned[0], "b.png"), decompress(tuned[1], "c.png")) == (0, 1)
+    assert "hific-lite" in capsys.readouterr().err and (tmp_path / "b.png").exists() and not (tmp_path / "c.png").exists()
+
+
+def test_a_tuned_encoder_breaks_with_the_old_files(tuned):
+    old, new = (Codec.from_pretrained(name, device="cpu", dtype=torch.float32) for name in ("hific-lite", tuned[1]))
+    data = old.compress(sample_photo("coffee").crop((0, 0, 64, 64)))
+    with pytest.raises(ModelMismatchError, match="hific-lite"): new.decompress(data)
