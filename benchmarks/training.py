@@ -1,7 +1,7 @@
 """Training steps a second: the published recipe written plainly, and ours, from the same weights on the same photos.
 
     python benchmarks/training.py [--width paper] [--batch 4] [--crop 256] [--threads 1] [--steps 3] [--device cpu]
-                                  [--sides plain ours compiled] [--out benchmarks/results/training.json]
+                                  [--sides plain ours] [--out benchmarks/results/training.json]
 
 Each side is a child process that lives through the whole comparison; they take turns, a step each, so that whatever else the
 machine does hits all of them. The first step of a side is not counted: it allocates, and compiles. Steps are measured by the
@@ -12,7 +12,8 @@ plain: float32, eager, NCHW, torch's allocator as it comes, ChannelNorm as its f
     with the golden arrays of the published code. Only the drawing "hific" is written out; with --width lite "plain" is the
     package's own network in the plain loop.
 ours: hific_nb.training.Trainer with its defaults, under the allocator settings of ALLOCATOR.
-compiled: the same with TrainConfig(compile=True).
+allocator: the same with the allocator as it comes.
+compiled: ours with TrainConfig(compile=True).
 
 All sides report the loss of their first step, from the same weights and photos; the noise of the rate is drawn in another order,
 so that bpp_noisy agrees statistically alone. Memory is the peak of the child (VmHWM), on a GPU what torch allocated there.
@@ -48,7 +49,7 @@ from hific_nb.training import Team, Trainer
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1000000000000"}
 WIDTHS = {"paper": model_preset("hific"), "lite": model_preset("hific-lite"),
           "tiny": ModelConfig(channels=(4, 6, 8, 10, 12), latent_channels=10, hyperprior_channels=8, n_residual_blocks=2)}
-SIDES = ("plain", "ours", "compiled")
+SIDES = ("plain", "ours", "allocator", "compiled")
 
 
 # ---------------------------------------------------------------------------------------------- the plain version
@@ -376,7 +377,7 @@ class Child:
         self.name, self.rows = name, []
         environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
         for key in ALLOCATOR: environment.pop(key, None)
-        if name != "plain": environment |= ALLOCATOR
+        if name not in ("plain", "allocator"): environment |= ALLOCATOR
         options = [f"--{key}={getattr(args, key)}" for key in ("width", "batch", "crop", "threads", "device", "perceptual")]
         self.process = subprocess.Popen([sys.executable, __file__, "--side", name, *options], env=environment, text=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -472,7 +473,7 @@ def main(arguments=None):
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--perceptual", choices=("lpips", "none"), default="lpips")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=["plain", "ours"])
     parser.add_argument("--out")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
