@@ -9,6 +9,7 @@ __all__ = ['DOWNSAMPLING', 'Reflect', 'ChannelNorm', 'HificEncoder', 'winograd_c
 # %% ../nbs/02_transforms.ipynb #6c4753d8
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .config import ConfigError, ModelConfig
@@ -126,6 +127,7 @@ class _Winograd(torch.autograd.Function):
         return Y.permute(2, 5, 3, 0, 4, 1).flatten(4).flatten(2, 3).contiguous(memory_format=torch.channels_last)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         V, U = ctx.saved_tensors
         (B, h, w, Ci), Co = V.shape[1:], U.shape[1]
