@@ -490,7 +490,7 @@ def _split_class():
         def still(self) -> bytes:
             "PNG of left and right, for readers without scripts."
             pair = [(getattr(self, ("first", "second", "third")[k]), self.labels[k]) for k in (self.left, self.right)]
-            return _png(comparison_picture(pair[0][0], pair[1][0], (pair[0][1], pair[1][1]), panel=400))
+            return _png(comparison_picture(pair[0][0], pair[1][0], (pair[0][1], pair[1][1]), max(self.size) > 300, panel=300))
 
         def _repr_mimebundle_(self, **kwargs):
             return _with_still(super()._repr_mimebundle_(**kwargs), self.still() if self.first and self.second else b"",
@@ -559,7 +559,7 @@ function render({ model, el }) {
   const box = document.createElement("div");
   box.className = "hific-download-box";
   const mine = `${Math.random()}`;  // the answer goes to the view that asked
-  const draw = () => box.replaceChildren(...model.get("names").map((name) => {
+  const draw = () => box.replaceChildren("save:", ...model.get("names").map((name) => {
     const button = document.createElement("button");
     button.className = "button";
     button.textContent = name;
@@ -616,7 +616,7 @@ def _file_classes():
             data += buffers[0]
             if len(data) < content["size"]: return
             self._coming = ("", bytearray())
-            self.message = ""
+            self.message, self.file = "", None  # the same file again is news, too
             self.file = (content["name"], bytes(data))
 
     class Download(anywidget.AnyWidget):
@@ -732,7 +732,7 @@ class PictureFiles:
         "A baseline's file whose size is nearest to `n_bytes`."
         match = self.tables[name].match(n_bytes, "nearest")
         side = self.baseline(name, match.quality)
-        return replace(side, fits=match.fits or match.quality != self.tables[name].qualities[0])
+        return replace(side, fits=match.fits or min(self.tables[name].sizes.values()) < match.bytes)
 
     def measure(self, side: Side, lpips: bool = True) -> dict:
         "The figures of a side; what is known is not measured again. LPIPS is None where its weights are missing."
@@ -837,6 +837,13 @@ class NewestOnly:
 COLOURS = dict(ours="#d1495b", jpeg="#8d99ae", webp="#00798c", avif="#e69f00", jpegxl="#6a4c93")
 
 
+def _ticks(low: float, high: float) -> list[float]:
+    "Four to nine round numbers between two."
+    power = 10.0 ** np.floor(np.log10((high - low) / 4))
+    step = max(k * power for k in (1, 2, 5) if k * power <= (high - low) / 4)
+    return [float(k * step) for k in range(int(np.ceil(low / step)), int(np.floor(high / step)) + 1)]
+
+
 def rate_curve(curves: dict[str, Sequence[tuple[float, float]]], current: dict[str, tuple[float, float]] | None = None,
                labels: dict[str, str] | None = None, figure: str = "PSNR", most: float | None = None) -> str:
     """SVG of a figure against bits per pixel: a line for each of `curves`, {name: [(bpp, value)]}, a ring for each of `current`.
@@ -857,13 +864,14 @@ def rate_curve(curves: dict[str, Sequence[tuple[float, float]]], current: dict[s
     def at(point): return x0 + (x1 - x0) * point[0] / most, y1 - (y1 - y0) * (point[1] - low) / (high - low)
 
     parts = []
-    for i in range(5):
-        x, y = x0 + (x1 - x0) * i / 4, y1 - (y1 - y0) * i / 4
-        value = low + (high - low) * i / 4
+    for value in _ticks(0, most):
+        x, _ = at((value, low))
         parts.append(f'<line x1="{x:.1f}" y1="{y0}" x2="{x:.1f}" y2="{y1}" stroke="#8884"/>'
-                     f'<line x1="{x0}" y1="{y:.1f}" x2="{x1}" y2="{y:.1f}" stroke="#8884"/>'
-                     f'<text x="{x:.1f}" y="{y1 + 15}" text-anchor="middle">{most * i / 4:.2g}</text>'
-                     f'<text x="{x0 - 5}" y="{y + 4:.1f}" text-anchor="end">{value:.4g}</text>')
+                     f'<text x="{x:.1f}" y="{y1 + 15}" text-anchor="middle">{value:.6g}</text>')
+    for value in _ticks(low, high):
+        _, y = at((0, value))
+        parts.append(f'<line x1="{x0}" y1="{y:.1f}" x2="{x1}" y2="{y:.1f}" stroke="#8884"/>'
+                     f'<text x="{x0 - 5}" y="{y + 4:.1f}" text-anchor="end">{value:.6g}</text>')
     parts.append(f'<text x="{(x0 + x1) / 2}" y="{y1 + 32}" text-anchor="middle">bits per pixel</text>'
                  f'<text x="{x1 + 12}" y="{y0 + 8}" font-weight="bold">{html.escape(figure)}</text>')
     for i, (name, points) in enumerate(inside.items()):
@@ -920,8 +928,11 @@ def figures_table(files: PictureFiles, sides: Sequence[Side], unit: str = "bpp")
                  *((name, _cell(side, name, files, unit)) for name in FIGURES)]
         rows.append(f'<tr class="hific-{side.name if side.name in ("ours", "original") else "other"}"><th>{html.escape(label)}</th>'
                     + "".join(f'<td class="{name}">{text}</td>' for name, text in cells) + "</tr>")
+    missing = any(side.figures.get("lpips", 0) is None for side in sides)
+    note = ('<span style="font: 12px sans-serif; opacity: 0.75">LPIPS needs the weights of AlexNet on this machine, see '
+            "hific_nb.perceptual.get_weights, and sides of 31 pixels.</span>")
     return ('<table class="hific-figures" style="font: 13px sans-serif; border-spacing: 1.2em 0.2em; text-align: right">'
-            f"<tr>{head}</tr>{''.join(rows)}</table>")
+            f"<tr>{head}</tr>{''.join(rows)}</table>{note if missing else ''}")
 
 
 @lru_cache(maxsize=1)
@@ -949,7 +960,7 @@ def _explorer_class():
             self._files: dict[str, PictureFiles] = {}
             self._jobs = NewestOnly(self._failed)
             self._known = list_baselines()
-            self._closed = False
+            self._closed = self._choosing = False
             self.view = classed(_split_class()(), "split")
             self.upload, self.download = upload_button(), download_buttons(self._supply, [])
             self._parts()
@@ -966,7 +977,9 @@ def _explorer_class():
             w, codec, narrow = ipywidgets, self.codec, ipywidgets.Layout(width="auto")
 
             def choice(name, options, description):
-                buttons = w.ToggleButtons(options=options, description=description, style={"button_width": "auto"})
+                style = {"button_width": "auto", "description_width": "initial"}
+                layout = w.Layout(width="max-content", flex_flow="row nowrap")
+                buttons = w.ToggleButtons(options=options, description=description, style=style, layout=layout)
                 return classed(buttons, name)
 
             self.chooser = classed(w.Dropdown(options=list(self.pictures), description="picture"), "picture")
@@ -1006,7 +1019,7 @@ def _explorer_class():
             for name in ("left", "right", "zoom", "difference"): link((self.view, name), (getattr(self, name), "value"))
             self.observe(self._ask, ["picture", "level", "baseline"])
             self.observe(lambda _: self._jobs.locked(self._write), ["unit", "figure"])
-            self.upload.observe(lambda change: self.add_picture(*change["new"]), "file")
+            self.upload.observe(lambda change: change["new"] and self.add_picture(*change["new"]), "file")
 
         # ---- pictures in, files out
 
@@ -1014,15 +1027,15 @@ def _explorer_class():
             "Add a picture (PIL image, path or bytes) and show it; where it cannot be read, the page says so and nothing changes."
             try: image = read_image(source, MAX_PIXELS)
             except HificError as error:
-                text = f"{name}: {str(error).removeprefix(name).lstrip(': ')}"
+                text = f"{name}: {error}"
                 self.said.value = f'<b role="alert" style="color: #c00000">{html.escape(text)}</b>'
                 return False
             while name in self.pictures: name += " (again)"
             self.pictures[name] = image
-            with self.chooser.hold_trait_notifications():
-                self.chooser.options = list(self.pictures)
-                self.chooser.value = name
-            self.picture = name
+            self._choosing = True  # a menu with new options falls back to its first: no question of anybody's
+            try: self.chooser.options, self.picture = list(self.pictures), name
+            finally: self._choosing = False
+            self._ask()
             return True
 
         def _opened(self, name: str) -> PictureFiles:
@@ -1056,7 +1069,7 @@ def _explorer_class():
 
         def _ask(self, _=None) -> None:
             name, level, rival = self.picture, self.level if self.codec.levels else None, self.baseline
-            if not name: return
+            if not name or self._choosing: return
 
             def job(deliver) -> None:
                 files = self._opened(name)

@@ -5,20 +5,31 @@ import importlib.util
 import io
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
+from pathlib import Path
 
 import nbformat
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from hific_nb.data import image_to_tensor, sample_photo, tensor_to_image
-from hific_nb.widgets import WidgetError, compare, comparison_picture, trust_notebook, worst_window
+from hific_nb.baselines import get_baseline
+from hific_nb.codec import Codec
+from hific_nb.data import ImageError, image_to_tensor, sample_photo, tensor_to_image
+from hific_nb.metrics import ms_ssim, psnr
+from hific_nb.model import load_model
+from hific_nb.widgets import (NewestOnly, PictureFiles, WidgetError, bitrate_explorer, compare, comparison_picture,
+                              download_buttons, rate_curve, split_view, trust_notebook, upload_button, worst_window)
+
+GOLDEN = Path(__file__).resolve().parent / "golden"
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -108,6 +119,166 @@ def test_worst_window_against_the_definition():
         assert (right - left, bottom - top) == (w, h)
         sums = {(i, j): error[i:i + h, j:j + w].sum() for i in range(14 - h) for j in range(18 - w)}
         assert sums[top, left] == max(sums.values())
+
+
+# ------------------------------------------------------------------------------------------------ the explorer's parts
+
+@pytest.fixture(scope="module")
+def leveled():
+    return Codec(load_model(GOLDEN / "levels"), name="levels", device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def cup():
+    return sample_photo("coffee").resize((180, 164))
+
+
+def test_split_view(photos):
+    view = split_view(*photos, labels=("before", "after"))
+    assert view.size == [300, 200] and view.labels == ["before", "after", ""] and view.third == b""
+    assert np.array_equal(Image.open(io.BytesIO(view.second)), photos[1])
+    data, _ = view._repr_mimebundle_()
+    assert Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).width == 606
+    for name, wrong in (("zoom", 150), ("left", 3), ("alone", -2), ("position", 1.5)):
+        with pytest.raises(Exception, match=name): setattr(view, name, wrong)
+    for wrong in (photos[:1], [photos[0]] * 4, (photos[0], photos[1].resize((10, 10)))):
+        with pytest.raises(WidgetError): split_view(*wrong)
+    for script in (view._esm, upload_button()._esm, download_buttons(None, [])._esm):
+        assert "http" not in script and "import " not in script  # nothing is fetched
+
+
+def test_upload_in_pieces():
+    button, got = upload_button(max_bytes=10), []
+    button.observe(lambda change: got.append(change["new"]), "file")
+    def send(id, size, *parts):
+        for part in parts: button._receive(button, dict(id=id, name=f"{id}.png", size=size), [memoryview(part)])
+
+    send("a", 6, b"abc")
+    send("b", 4, b"xy", b"zw")  # another view's, in between
+    send("c", 2, b"too long")
+    send("d", 11, b"0123456789", b"0")  # above max_bytes
+    send("e", 0, b"")
+    assert list(filter(None, got)) == [("b.png", b"xyzw"), ("e.png", b"")]
+
+
+def test_newest_only():
+    gate, done, faults = threading.Event(), [], []
+    jobs = NewestOnly(faults.append)
+
+    def job(i, fail=False):
+        def work(deliver):
+            gate.wait(20)
+            if fail: raise WidgetError("no")
+            deliver(done.append, i)
+            deliver(done.append, -i)
+        return work
+
+    before = []
+    for i in range(1, 6): jobs.submit(job(i), lambda i=i: before.append(i))
+    assert not jobs.idle and before == [1, 2, 3, 4, 5]
+    gate.set()
+    assert jobs.wait(20) and done == [5, -5]
+    jobs.submit(job(7, fail=True))
+    assert jobs.wait(20) and [str(e) for e in faults] == ["no"] and done == [5, -5]
+    jobs.submit(job(8))
+    assert jobs.wait(20) and done[2:] == [8, -8]  # the thread outlives a failure
+    gate.clear()
+    jobs.submit(job(9))
+    threading.Timer(0.2, gate.set).start()
+    jobs.stop()
+    jobs.submit(job(10))
+    assert jobs.idle and done[4:] == []  # what was under way shows nothing any more
+
+
+def test_figures_are_those_of_the_files(leveled, cup):
+    files = PictureFiles(leveled, cup, keep=3)
+    for level in (0, 4, 8):
+        side = files.ours(level)
+        assert side.data == leveled.compress(cup, quality=100 * level / 8)  # the networks ran once for all
+        assert np.array_equal(side.image, leveled.decompress(side.data))
+        assert np.array_equal(Image.open(io.BytesIO(side.png)), side.image)
+        figures = files.measure(side, lpips=False)
+        assert figures["bytes"] == len(side.data) and figures["bpp"] == 8 * len(side.data) / (180 * 164)
+        assert figures["psnr"] == psnr(cup, side.image) and figures["ms_ssim"] == ms_ssim(cup, side.image)
+    other = files.matched("jpeg", 3000)
+    sizes = {q: len(get_baseline("jpeg").compress(cup, q)) for q in range(1, 101)}
+    assert abs(len(other.data) - 3000) == min(abs(n - 3000) for n in sizes.values()) and other.fits
+    assert not files.matched("jpeg", 300).fits  # smaller than any JPEG of it
+    for level in (0, 4, 8): assert files.ours(level).figures["psnr"] == files.points["ours"][level]["psnr"]  # kept, pictures not
+    assert [x for x, _ in files.curve("ours", "psnr")] == sorted(8 * len(files.ours(k).data) / (180 * 164) for k in (0, 4, 8))
+
+
+def test_transparent_parts_lie_on_white(leveled, cup):
+    glass = cup.copy()
+    glass.putalpha(0)
+    files = PictureFiles(leveled, glass)
+    assert files.image.getextrema() == ((255, 255),) * 3
+    assert leveled.decompress(files.ours(0).data).mode == "RGB"
+
+
+def test_background_completes_curves_and_tables(leveled, cup):
+    files = PictureFiles(leveled, cup.resize((40, 36)))
+    for _ in files.steps(): pass
+    assert len(files.points["ours"]) == 9
+    for name, table in files.tables.items():
+        assert set(table.sizes) == set(table.qualities)
+        assert len(files.curve(name, "psnr")) == len(get_baseline(name).defaults)
+
+
+def test_explorer_shows_the_last_question(leveled, cup, tmp_path):
+    cup.save(tmp_path / "cup.png")
+    explorer = bitrate_explorer(leveled, tmp_path / "cup.png", background=False)
+    assert explorer.wait(60) and explorer.level == leveled.level_of() and not explorer.view.busy
+    assert not explorer.slider.disabled and explorer.slider.max == 8
+    shown, gate = [], threading.Event()
+    explorer.observe(lambda change: shown.append(change["new"].ours.quality), "answer")
+    files = explorer.answer.files
+    slow = files.ours
+    files.ours = lambda level: (gate.wait(20), slow(level))[1]
+    for level in (0, 1, 2, 8): explorer.slider.value = level
+    assert explorer.view.busy and explorer.level == 8 and not shown  # the sign is there before any answer
+    gate.set()
+    assert explorer.wait(60) and set(shown) == {8} and not explorer.view.busy
+    answer = explorer.answer
+    name, data = explorer._supply("ours.hfc")
+    assert (name, data) == ("cup.hfc", leveled.compress(cup, quality=100))
+    assert explorer.view.second == answer.ours.png and explorer.view.third == answer.other.png
+    assert f"{len(data):,}" in explorer.table.value and f"{answer.ours.figures['psnr']:.3f} dB" in explorer.table.value
+    explorer.unit = "kB"
+    assert f"{len(data) / 1000:,.3f} kB" in explorer.table.value
+    assert 'data-name="ours"' in explorer.curve.value and f'{answer.ours.figures["psnr"]:.6f}' in explorer.curve.value
+    explorer.close()
+
+
+def test_explorer_and_pictures(leveled, tmp_path):
+    explorer = bitrate_explorer(leveled, max_pixels=20_000, background=False)
+    assert explorer.wait(60) and explorer.picture == "coffee"
+    assert "reduced to" in explorer.said.value and explorer.answer.files.image.width * explorer.answer.files.image.height <= 20_000
+    before = explorer.answer
+    assert not explorer.add_picture("<b>.txt", b"no picture") and "&lt;b&gt;.txt" in explorer.said.value
+    assert explorer.answer is before and explorer.picture == "coffee"
+    buffer = io.BytesIO()
+    Image.new("RGB", (50, 40), "red").save(buffer, "PNG")
+    for name in ("red.png", "red.png (again)"):
+        explorer.upload._receive(None, dict(id=name, name="red.png", size=len(buffer.getvalue())), [buffer.getvalue()])
+        assert explorer.wait(60) and explorer.picture == explorer.chooser.value == name and explorer.view.size == [50, 40]
+    data, _ = explorer._repr_mimebundle_()
+    assert "image/png" in data and "BitrateExplorer" in data["text/plain"]
+    files = explorer.answer.files
+    files.ours = lambda level: 1 / 0
+    explorer.level = 0
+    assert explorer.wait(60) and "ZeroDivisionError" in explorer.view.message and not explorer.view.busy
+    explorer.close()
+    with pytest.raises(ImageError): bitrate_explorer(leveled, tmp_path / "gone.png")
+
+
+def test_rate_curve():
+    svg = rate_curve({"ours": [(0.1, 20.0), (0.2, 30.0), (9.0, 50.0)]}, {"ours": (0.2, 30.0)}, {"ours": "<me>"}, most=0.4)
+    ring = re.search(r'class="current"[^>]*cx="([\d.]+)" cy="([\d.]+)"', svg)
+    line = re.search(r'points="([^"]+)"', svg)[1].split()
+    assert len(line) == 2 and line[1] == f"{ring[1]},{ring[2]}"  # what lies beyond the axis is left out
+    assert float(ring[1]) == (52 + 500) / 2 and "&lt;me&gt;" in svg and "<me>" not in svg
+    assert "circle" not in rate_curve({"ours": []}) and "svg" in rate_curve({})
 
 
 # ------------------------------------------------------------------------------------------------ in a browser
