@@ -106,7 +106,7 @@ class Codec:
         self._gains = None if self.coding.gains is None else [
             torch.from_numpy(gains).to(self.device).float()[:, None, :, None, None] * GAIN_UNIT
             for gains in (self.coding.gains, self.coding.inverse_gains)]  # (levels, 1, C, 1, 1), exact in float32
-        self._given, self._akin = model, {self.fingerprint: True}  # _akin: whether the files of a fingerprint are read
+        self._given, self._readable = model, {self.fingerprint}  # the fingerprints whose files are read
         self.model = copy.deepcopy(model).eval().requires_grad_(False).to(self.device)
         for part in (self.model.Encoder, self.model.Generator): part.to(dtype, memory_format=torch.channels_last)
 
@@ -348,23 +348,16 @@ class Codec:
     def read_files_of(self, other: str | os.PathLike | Model) -> "Codec":
         """Decode the files of another model from now on, with this codec's generator; returns the codec.
 
-        For a generator that was fine-tuned on frozen latents (`TrainConfig.train_encoder=False`). Of shipped models this
-        happens unasked. other: a model, or what `from_pretrained` takes. Raises `CodecError` unless config, hyperprior, tables
-        and gains are the same to the bit: nothing else decides which latents a file holds.
+        For a generator that was fine-tuned on frozen latents (`TrainConfig.train_encoder=False`). other: a model, or what
+        `from_pretrained` takes. Raises `CodecError` unless config, hyperprior, tables and gains are the same to the bit:
+        nothing else decides which latents a file holds.
         """
         model = other if isinstance(other, Model) else load_pretrained(other)
         coding = getattr(model, "coding", None) or Coding.from_model(model)
         if _latents_fingerprint(model, coding) != _latents_fingerprint(self.model, self.coding):
             raise CodecError("The other model differs in more than encoder and generator: this one would read its files wrongly.")
-        self._akin[model_fingerprint(model, coding)] = True
+        self._readable.add(model_fingerprint(model, coding))
         return self
-
-    def _reads(self, fingerprint: bytes) -> bool:
-        "Whether files of this fingerprint are read; of a shipped model that is found out once."
-        if fingerprint not in self._akin and (needs := name_of_fingerprint(fingerprint)):
-            try: self.read_files_of(needs)
-            except CodecError: self._akin[fingerprint] = False
-        return self._akin.get(fingerprint, False)
 
     @torch.inference_mode()
     def decode_latents(self, data: bytes | str | os.PathLike) -> Latents:
@@ -373,7 +366,7 @@ class Codec:
         Raises `HfcError`, or the subclass that says what is wrong with the file.
         """
         file = read_hfc(data, self.max_pixels)
-        if not self._reads(file.fingerprint):
+        if file.fingerprint not in self._readable:
             check_model(file, self.fingerprint, self.name or "this model", name_of_fingerprint(file.fingerprint))
         config = self.model.config
         if (file.level is not None) != bool(self.levels) or self.levels and file.level >= self.levels:
