@@ -349,12 +349,12 @@ class Codec:
         """Decode the files of another model from now on, with this codec's generator; returns the codec.
 
         For a generator that was fine-tuned on frozen latents (`TrainConfig.train_encoder=False`). other: a model, or what
-        `from_pretrained` takes. Raises `CodecError` unless config, hyperprior, tables and gains are the same to the bit:
+        `from_pretrained` takes. Raises `CodecError` unless config, hyperprior, tables and gains are the same:
         nothing else decides which latents a file holds.
         """
         model = other if isinstance(other, Model) else load_pretrained(other)
         coding = getattr(model, "coding", None) or Coding.from_model(model)
-        if _latents_fingerprint(model, coding) != _latents_fingerprint(self.model, self.coding):
+        if not _same_latents(model, self.model, coding, self.coding):
             raise CodecError("The other model differs in more than encoder and generator: this one would read its files wrongly.")
         self._readable.add(model_fingerprint(model, coding))
         return self
@@ -403,11 +403,14 @@ class Codec:
         return file_info(data)
 
 
-def _latents_fingerprint(model: Model, coding: Coding) -> bytes:
-    "As `model_fingerprint`, over what decides which quantized latents a file holds: all but encoder and generator."
-    rest = copy.copy(model)
-    rest._modules = {name: part for name, part in model._modules.items() if name not in ("Encoder", "Generator")}
-    return model_fingerprint(rest, coding)
+def _same_latents(a: Model, b: Model, coding_a: Coding, coding_b: Coding) -> bool:
+    "Whether two models find the same quantized latents in a file: all but encoder and generator is equal (0.0 and -0.0 are)."
+    def parts(model, coding):
+        own = {name: t for name, t in model.state_dict().items() if not name.startswith(("Encoder.", "Generator."))}
+        return {name: t.cpu().numpy() for name, t in own.items()} | {f"tables.{name}": a for name, a in coding.tensors().items()}
+
+    first, second = parts(a, coding_a), parts(b, coding_b)
+    return a.config == b.config and first.keys() == second.keys() and all(np.array_equal(first[k], second[k]) for k in first)
 
 
 def _number(name: str, value, least: float = 1e-9, most: float = 1e18) -> float:
