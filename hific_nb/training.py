@@ -196,6 +196,9 @@ class Trainer:
         if config.batch_size % (self.team.world * config.accumulate):
             raise TrainingError(f"A batch of {config.batch_size} cannot be shared by {self.team.world} processes in "
                                 f"{config.accumulate} parts each: give a multiple.")
+        if config.compile and config.crop_size < 128:
+            raise TrainingError(f"torch.compile needs crops of at least 128 pixels, not {config.crop_size}: the hyperprior pads less "
+                                "than 4 latents in a way that it cannot follow.")
         self.model = model.to(self.device, memory_format=torch.channels_last).train()
         if not config.train_encoder:
             for name, part in model.named_children(): part.requires_grad_(name == "Generator")
@@ -326,7 +329,7 @@ _SLACK = 1.5  # beside what is kept for the backward pass: gradients on their wa
 def step_memory(trainer: Trainer, side: int = 128) -> dict[str, int]:
     """Bytes that a training needs: `fixed`, for weights and what goes with them, and `per_image`, for each crop of a batch.
 
-    What one crop of side x side pixels keeps for its backward pass is measured, the rest follows from it.
+    What one crop and two of side x side pixels keep for their backward pass is measured, the rest follows from it.
     """
     models = [trainer.model] + ([trainer.discriminator] if trainer.discriminator is not None else [])
     trained = {id(p) for m in models for p in m.parameters() if p.requires_grad}
@@ -339,12 +342,18 @@ def step_memory(trainer: Trainer, side: int = 128) -> dict[str, int]:
         if storage.data_ptr() not in known: saved[storage.data_ptr()] = storage.nbytes()
         return t
 
-    x = torch.rand(1, 3, side, side, device=trainer.device).contiguous(memory_format=torch.channels_last)
-    with torch.autograd.graph.saved_tensors_hooks(look, lambda t: t), \
-            torch.autocast(trainer.device.type, trainer.dtype, enabled=trainer.dtype != torch.float32):
-        graph = trainer._loss(x)
-    del graph
-    return dict(fixed=fixed, per_image=int(_SLACK * sum(saved.values()) * (trainer.config.crop_size / side) ** 2))
+    kept = []
+    for rows in (1, 2):  # weights in bfloat16 are kept as well, once
+        saved.clear()
+        x = torch.rand(rows, 3, side, side, device=trainer.device).contiguous(memory_format=torch.channels_last)
+        with torch.autograd.graph.saved_tensors_hooks(look, lambda t: t), \
+                torch.autocast(trainer.device.type, trainer.dtype, enabled=trainer.dtype != torch.float32):
+            graph = trainer._loss(x)
+        del graph
+        kept.append(sum(saved.values()))
+    per_image = kept[1] - kept[0]
+    return dict(fixed=fixed + max(0, kept[0] - per_image),
+                per_image=int(_SLACK * per_image * (trainer.config.crop_size / side) ** 2))
 
 
 def memory_limit(device: torch.device) -> int | None:
@@ -373,7 +382,12 @@ def fitting_batch_size(trainer: Trainer, memory_gb: float, limit: int | None, mo
     "The largest batch of one process, 1 ... `most`, that takes at most four fifths of `limit` bytes beside the photos."
     if limit is None: return min(8, most)
     need = step_memory(trainer)
-    return int(np.clip((0.8 * limit - need["fixed"] - memory_gb * 1e9) / need["per_image"], 1, most))
+    return int(np.clip((0.8 * limit - need["fixed"] - _photos(trainer, memory_gb)) / need["per_image"], 1, most))
+
+
+def _photos(trainer: Trainer, memory_gb: float) -> float:
+    "Bytes of photos beside the weights: they stay in the memory of the host."
+    return 0.0 if trainer.device.type == "cuda" else memory_gb * 1e9
 
 
 def auto_batch_size(run: str | os.PathLike, model_config: ModelConfig, objective: Objective, train_config: TrainConfig,
@@ -391,17 +405,17 @@ def check_memory(trainer: Trainer, memory_gb: float, limit: int | None) -> dict[
     memory_gb: of photos, see `PhotoCrops`. The remedies are named in the order of the guide of the published code.
     """
     c, m, need = trainer.config, trainer.model.config, step_memory(trainer)
-    rows = c.batch_size // trainer.team.world // c.accumulate
-    total = need["fixed"] + rows * need["per_image"] + memory_gb * 1e9
-    about = dict(weights=need["fixed"] / 1e9, batch=rows * need["per_image"] / 1e9, photos=memory_gb, total=total / 1e9,
+    rows, photos = c.batch_size // trainer.team.world // c.accumulate, _photos(trainer, memory_gb)
+    total = need["fixed"] + rows * need["per_image"] + photos
+    about = dict(weights=need["fixed"] / 1e9, batch=rows * need["per_image"] / 1e9, photos=photos / 1e9, total=total / 1e9,
                  free=None if limit is None else limit / 1e9)
     if limit is None or total <= limit: return about
-    fits = (limit - need["fixed"] - memory_gb * 1e9) / need["per_image"]
+    fits = (limit - need["fixed"] - photos) / need["per_image"]
     smaller = f"{int(fits)} would fit" if fits >= 1 else "even 1 is too much"
     blocks = f" n_residual_blocks (now {m.n_residual_blocks});" if m.transform == "hific" else ""
     raise TrainingError(
         f"This run needs about {total / 1e9:.1f} GB and {limit / 1e9:.1f} GB are free ({about['weights']:.1f} for weights, "
-        f"{about['batch']:.1f} for a batch, {memory_gb:.1f} for photos). Decrease, in this order: batch_size (now {rows} at a time;"
+        f"{about['batch']:.1f} for a batch, {about['photos']:.1f} for photos). Decrease, in this order: batch_size (now {rows} at a time;"
         f" {smaller}), or raise accumulate; latent_channels (now {m.latent_channels}); hyperprior_channels (now "
         f"{m.hyperprior_channels});{blocks} crop_size (now {c.crop_size}); memory_gb (now {memory_gb:g}).")
 
@@ -610,6 +624,7 @@ def continue_run(run: str | os.PathLike, on_record: Callable[[dict], None] | Non
     about = _read_run(run)
     c, objective = TrainConfig.from_dict(about["train"]), Objective.from_dict(about["objective"])
     team = Team(about["device"])
+    if team.device.type == "cpu": _keep_pages()
     with _locked(run) if team.rank == 0 else _nothing():
         if about.get("finished") == c.n_steps and (run/"model").exists(): return run/"model"
         torch.manual_seed(c.seed)
@@ -637,6 +652,15 @@ def continue_run(run: str | os.PathLike, on_record: Callable[[dict], None] | Non
             _note(run, finished=c.n_steps)
         team.wait()
     return run/"model"
+
+
+def _keep_pages() -> None:
+    "Have glibc keep what is freed: given back to the kernel and asked for anew at every layer, pages cost much of a step."
+    import ctypes
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no large block is mapped by itself
+        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD: the heap is not cut back
 
 
 def _newest_checkpoint(run: Path, device) -> dict | None:

@@ -154,6 +154,7 @@ def _trunk_convolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
     "`conv`, 3x3 without padding, of the padded x; by Winograd's products in a training in bfloat16 on a CPU where they are faster."
     pixels = x.shape[0] * (x.shape[2] - 2) * (x.shape[3] - 2)
     worth = conv.training and torch.is_grad_enabled() and x.device.type == "cpu" and conv.in_channels >= 256 and pixels >= 512
+    worth = worth and not torch.compiler.is_compiling()  # the compiler would trace every small sum of it
     if not worth or x.shape[2] % 2 or x.shape[3] % 2 or not torch.is_autocast_enabled("cpu") \
             or torch.get_autocast_dtype("cpu") != torch.bfloat16: return conv(x)
     return winograd_conv3x3(x.bfloat16(), conv.weight) + conv.bias.bfloat16()[:, None, None]

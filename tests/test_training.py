@@ -298,6 +298,20 @@ def test_the_rate_ends_at_the_target_on_photos_held_back(shared, tmp_path):
     assert last["photos"] >= 10 and abs(last["bpp"] / 0.12 - 1) < 0.1
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_step_is_the_same_step():
+    torch.manual_seed(0)
+    weights, losses = Model(TINY).state_dict(), []
+    batch = torch.randint(0, 256, (2, 3, 128, 128), dtype=torch.uint8)
+    for compiled in (False, True):
+        model = Model(TINY)
+        model.load_state_dict(weights)
+        trainer = Trainer(model, OBJECTIVE, SHORT.replace(crop_size=128, compile=compiled, learning_rate=1e-4))
+        losses.append([trainer(batch)["mse"] for _ in range(2)])  # the rate differs: noise is drawn in another order
+    assert np.allclose(*losses, rtol=1e-3)
+    with pytest.raises(TrainingError, match="at least 128"): Trainer(Model(TINY), OBJECTIVE, SHORT.replace(compile=True))
+
+
 GRADIENTS = """
 import sys, torch, hific_nb.hyperprior
 from hific_nb.config import ModelConfig, Objective, TrainConfig
