@@ -42,7 +42,8 @@ class HyperAnalysis(nn.Module):
         self.pad = Reflect(2, 2, 2, 2)
 
     def forward(self, y: Tensor) -> Tensor:
-        y = F.pad(y, (0, -y.shape[3] % HYPER_DOWNSAMPLING, 0, -y.shape[2] % HYPER_DOWNSAMPLING), mode="replicate")
+        right, below = -y.shape[3] % HYPER_DOWNSAMPLING, -y.shape[2] % HYPER_DOWNSAMPLING
+        if right or below: y = F.pad(y, (0, right, 0, below), mode="replicate")
         x = F.relu(self.conv1(y))
         return self.conv3(self.pad(F.relu(self.conv2(self.pad(x)))))  # (B, N, h/4, w/4)
 
