@@ -32,10 +32,10 @@ from .codec import hardware_bfloat16
 from .config import HificError, ModelConfig, Objective, TrainConfig, write_atomic
 from .data import ImageError, image_to_tensor, open_dataset, read_image, split_alpha, tensor_to_image
 from .gan import Discriminator, adversarial_loss, discriminator_loss, gan_losses
-from .model import Model, load_model, rate_distortion_loss, save_model
+from .model import Coding, Model, load_model, rate_distortion_loss, save_model
 from .perceptual import build_perceptual
 from .transforms import DOWNSAMPLING
-from .zoo import import_published, model_folder
+from .zoo import import_published, model_folder, save_pretrained
 
 # %% ../nbs/14_training.ipynb #f9ca5c84
 class TrainingError(HificError):
@@ -197,8 +197,8 @@ class Trainer:
             raise TrainingError(f"A batch of {config.batch_size} cannot be shared by {self.team.world} processes in "
                                 f"{config.accumulate} parts each: give a multiple.")
         if config.compile and config.crop_size < 128:
-            raise TrainingError(f"torch.compile needs crops of at least 128 pixels, not {config.crop_size}: the hyperprior pads less "
-                                "than 4 latents in a way that it cannot follow.")
+            raise TrainingError(f"torch.compile needs crops of at least 128 pixels, not {config.crop_size}: it cannot follow how the "
+                                "hyperprior pads fewer than 4 latents.")
         self.model = model.to(self.device, memory_format=torch.channels_last).train()
         if not config.train_encoder:
             for name, part in model.named_children(): part.requires_grad_(name == "Generator")
@@ -415,8 +415,8 @@ def check_memory(trainer: Trainer, memory_gb: float, limit: int | None) -> dict[
     blocks = f" n_residual_blocks (now {m.n_residual_blocks});" if m.transform == "hific" else ""
     raise TrainingError(
         f"This run needs about {total / 1e9:.1f} GB and {limit / 1e9:.1f} GB are free ({about['weights']:.1f} for weights, "
-        f"{about['batch']:.1f} for a batch, {about['photos']:.1f} for photos). Decrease, in this order: batch_size (now {rows} at a time;"
-        f" {smaller}), or raise accumulate; latent_channels (now {m.latent_channels}); hyperprior_channels (now "
+        f"{about['batch']:.1f} for a batch, {about['photos']:.1f} for photos). Decrease, in this order: batch_size (now {rows} at a "
+        f"time; {smaller}), or raise accumulate; latent_channels (now {m.latent_channels}); hyperprior_channels (now "
         f"{m.hyperprior_channels});{blocks} crop_size (now {c.crop_size}); memory_gb (now {memory_gb:g}).")
 
 # %% ../nbs/14_training.ipynb #e7d3272f
@@ -648,10 +648,23 @@ def continue_run(run: str | os.PathLike, on_record: Callable[[dict], None] | Non
         team.wait()
         _loop(run, trainer, about, seconds, on_record)
         if team.rank == 0:
-            save_model(trainer.kept, run/"model")
+            if c.train_encoder or about["warm_start"] is None: save_model(trainer.kept, run/"model")
+            else: _save_generator(trainer.kept, load_warm_start(about["warm_start"])[0], run/"model")
             _note(run, finished=c.n_steps)
         team.wait()
     return run/"model"
+
+
+def _save_generator(model: Model, base: Model, folder: Path) -> None:
+    "Save a model whose generator alone was trained; all else, and the tables, to the bit as in `base`, whose files it can read."
+    rest = {name: t for name, t in base.state_dict().items() if not name.startswith("Generator.")}
+    try: model.load_state_dict(rest, strict=False)  # averaging loses the sign of a zero
+    except RuntimeError:  # another drawing: there is nothing to keep
+        save_model(model, folder)
+        return
+    for p in model.Generator.parameters(): p.data = p.data.half().float()  # what follows stores without loss
+    model.coding = getattr(base, "coding", None) or Coding.from_model(base)
+    save_pretrained(model, folder, description="A generator fine-tuned for the latents of another model.")
 
 
 def _keep_pages() -> None:
