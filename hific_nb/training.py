@@ -197,8 +197,8 @@ class Trainer:
             raise TrainingError(f"A batch of {config.batch_size} cannot be shared by {self.team.world} processes in "
                                 f"{config.accumulate} parts each: give a multiple.")
         if config.compile and config.crop_size < 128:
-            raise TrainingError(f"torch.compile needs crops of at least 128 pixels, not {config.crop_size}: it cannot follow how the "
-                                "hyperprior pads fewer than 4 latents.")
+            raise TrainingError(f"torch.compile needs crops of at least 128 pixels, not {config.crop_size}: it cannot follow "
+                                "how the hyperprior pads fewer than 4 latents.")
         self.model = model.to(self.device, memory_format=torch.channels_last).train()
         if not config.train_encoder:
             for name, part in model.named_children(): part.requires_grad_(name == "Generator")
@@ -415,8 +415,8 @@ def check_memory(trainer: Trainer, memory_gb: float, limit: int | None) -> dict[
     blocks = f" n_residual_blocks (now {m.n_residual_blocks});" if m.transform == "hific" else ""
     raise TrainingError(
         f"This run needs about {total / 1e9:.1f} GB and {limit / 1e9:.1f} GB are free ({about['weights']:.1f} for weights, "
-        f"{about['batch']:.1f} for a batch, {about['photos']:.1f} for photos). Decrease, in this order: batch_size (now {rows} at a "
-        f"time; {smaller}), or raise accumulate; latent_channels (now {m.latent_channels}); hyperprior_channels (now "
+        f"{about['batch']:.1f} for a batch, {about['photos']:.1f} for photos). Decrease, in this order: batch_size (now {rows} at "
+        f"a time; {smaller}), or raise accumulate; latent_channels (now {m.latent_channels}); hyperprior_channels (now "
         f"{m.hyperprior_channels});{blocks} crop_size (now {c.crop_size}); memory_gb (now {memory_gb:g}).")
 
 # %% ../nbs/14_training.ipynb #e7d3272f
