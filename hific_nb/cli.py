@@ -360,6 +360,30 @@ def _free_port() -> int:
         return s.getsockname()[1]
 
 
+_TEMPLATE = """
+{%- extends "voila/templates/lab/index.html.j2" -%}
+{% import "spinner.macro.html.j2" as spinner %}
+{%- block notebook_css -%}
+{% if frontend == "voila" %}{{ resources.include_js("static/voila-style.js") }}{% endif %}
+{{ spinner.css() }}
+<style>.jp-mod-noOutputs.jp-mod-noInput { display: none; }</style>
+{{ super.super() }}
+{%- endblock notebook_css -%}
+"""
+
+
+def _offline_template() -> Path:
+    "A folder for JUPYTER_PATH with Voilà's page, less the symbols that it fetches from elsewhere: the page works offline."
+    from jupyter_core.paths import jupyter_runtime_dir
+
+    folder = Path(jupyter_runtime_dir())/"hific"
+    template = folder/"voila"/"templates"/"hific"
+    template.mkdir(parents=True, exist_ok=True)
+    write_atomic(template/"index.html.j2", _TEMPLATE.lstrip().encode())
+    write_atomic(template/"conf.json", b'{"base_template": "lab"}')
+    return folder
+
+
 def explore_command(args) -> int:
     "`hific explore`: the explorer of bitrate against quality as a page in the browser, until Ctrl-C."
     from hific_nb.data import read_image
@@ -372,9 +396,12 @@ def explore_command(args) -> int:
     if args.input is not None:
         read_image(args.input, args.max_pixels)
         settings["HIFIC_EXPLORE_PICTURE"] = str(args.input.resolve())
+    settings["JUPYTER_PATH"] = os.pathsep.join(filter(None, [str(_offline_template()), os.environ.get("JUPYTER_PATH")]))
     port = args.port or _free_port()
     command = [sys.executable, "-m", "voila", str(explore_page()), f"--port={port}", "--Voila.ip=127.0.0.1",
-               "--Voila.port_retries=0", "--Voila.log_level=ERROR", *([] if args.browser else ["--no-browser"])]
+               "--Voila.port_retries=0", "--Voila.log_level=ERROR", "--template=hific",
+               "--VoilaConfiguration.extension_denylist=['jupyterlab-jupytext']",
+               *([] if args.browser else ["--no-browser"])]
     print(f"http://127.0.0.1:{port}/ shows the explorer in a few seconds; Ctrl-C ends it.", flush=True)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HIFIC_EXPLORE_")} | settings
     if os.name == "posix": os.execve(sys.executable, command, environment)  # its signals and its end are ours

@@ -963,8 +963,7 @@ def _explorer_class():
             self._closed = self._choosing = False
             self.view = classed(_split_class()(), "split")
             self.upload, self.download = upload_button(), download_buttons(self._supply, [])
-            self._parts()
-            super().__init__(self._rows())
+            super().__init__(self._parts())
             self.add_class("hific-explorer")
             self.baseline = next((name for name in ("avif", "webp", "jpeg") if name in self._known), "")
             self.level = codec.level_of() if codec.levels else 0
@@ -973,14 +972,14 @@ def _explorer_class():
 
         # ---- what it is made of
 
-        def _parts(self) -> None:
+        def _parts(self) -> list:
+            "Makes all parts; the rows they stand in."
             w, codec, narrow = ipywidgets, self.codec, ipywidgets.Layout(width="auto")
 
             def choice(name, options, description):
-                style = {"button_width": "auto", "description_width": "initial"}
-                layout = w.Layout(width="max-content", flex_flow="row nowrap")
-                buttons = w.ToggleButtons(options=options, description=description, style=style, layout=layout)
-                return classed(buttons, name)
+                label = w.HTML(f'<span style="font: 13px sans-serif; margin: 0 0.6em">{html.escape(description)}</span>')
+                buttons = classed(w.ToggleButtons(options=options, style={"button_width": "auto"}), name)
+                return buttons, w.HBox([label, buttons], layout=w.Layout(align_items="center"))
 
             self.chooser = classed(w.Dropdown(options=list(self.pictures), description="picture"), "picture")
             self.slider = classed(w.IntSlider(min=0, max=max(1, codec.levels - 1), description="rate level",
@@ -989,25 +988,25 @@ def _explorer_class():
                     f"{codec.name or 'this model'} has one rate: nothing to slide")
             self.note = classed(w.HTML(f'<span style="font: 13px sans-serif">{html.escape(note)}</span>'), "note")
             labels = [(get_baseline(name).label, name) for name in self._known]
-            self.rival = choice("baseline", labels, "against")
-            self.units = choice("unit", ["bpp", "kB"], "rate in")
+            self.rival, against = choice("baseline", labels, "against")
+            self.units, units = choice("unit", ["bpp", "kB"], "rate in")
             three = [("original", 0), ("ours", 1), ("other", 2)]
             self.left = classed(w.Dropdown(options=three, description="left", layout=w.Layout(width="190px")), "left")
             self.right = classed(w.Dropdown(options=three, description="right", layout=w.Layout(width="190px")), "right")
-            self.zoom = choice("zoom", [("fit", 0), ("100 %", 100), ("200 %", 200), ("400 %", 400)], "zoom")
+            self.zoom, zoom = choice("zoom", [("fit", 0), ("100 %", 100), ("200 %", 200), ("400 %", 400)], "zoom")
             self.difference = classed(w.ToggleButton(description="difference × 4", layout=narrow), "difference")
             self.table, self.curve, self.said = (classed(w.HTML(), name) for name in ("table", "curve-box", "said"))
-            self.axis = choice("axis", [(label, key) for key, label in FIGURES.items()], "curve of")
+            self.axis, axis = choice("axis", [(label, key) for key, label in FIGURES.items()], "curve of")
             self.help = w.HTML('<span style="font: 12px sans-serif; opacity: 0.75">Drag the line. Click the picture, then: ← → '
                                "move the line (shift: faster) · 1 2 3 original, ours, other alone · 0 the line again · "
                                "x difference · + − zoom · drag or i j k l pan</span>")
 
-        def _rows(self) -> list:
+
             wrap = ipywidgets.Layout(flex_flow="row wrap", align_items="center")
             def row(*parts): return ipywidgets.HBox(parts, layout=wrap)
-            return [row(self.chooser, self.upload), self.said, row(self.slider, self.note), row(self.rival, self.units),
-                    row(self.left, self.right, self.zoom, self.difference), self.view, self.help, self.table, self.download,
-                    self.axis, self.curve]
+            return [row(self.chooser, self.upload), self.said, row(self.slider, self.note), row(against, units),
+                    row(self.left, self.right, zoom, self.difference), self.view, self.help, self.table, self.download,
+                    axis, self.curve]
 
         def _links(self) -> None:
             link = traitlets.link
