@@ -289,6 +289,7 @@ def test_page_by_jupyterlab(chromium, codec, photo, tmp_path):
     with server(command, url + "/api", tmp_path, HIFIC_EXPLORE_PICTURE=str(photo)):
         page = Page(chromium, url + "/lab/workspaces/t/tree/explore.ipynb?reset", accept_downloads=True, has_touch=True)
         page.page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
+        page.page.locator("text=/ipykernel.*Idle/").first.wait_for()  # before the kernel is there, a cell is cleared but not run
         page.page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
         page.settled(ours="level 4")
         original = read_image(photo)
