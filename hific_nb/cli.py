@@ -168,17 +168,13 @@ def models_command(args) -> int:
     models = list_models()
     if args.json:
         shipped = [{"name": m.name, "aliases": m.aliases, "fingerprint": m.fingerprint, "parameters": m.parameters,
-                    "weight_bytes": m.weight_bytes, "description": m.description, **m.figures} for m in models]
+                    "weight_bytes": m.weight_bytes, "description": m.description, "rate_levels": m.levels,
+                    "regimes": m.regimes, "rates": m.rates, **m.figures} for m in models]
         published = [{"name": p.name, "regime": p.regime, "target_bpp": p.target_bpp, "address": p.address,
                       "import": p.import_line} for p in PUBLISHED]
         print(json.dumps(shipped + published))
         return 0
-    print(f"{'model':<18}{'alias':<14}{'parameters':>11}{'MB':>6}   Kodak, means over real files")
-    for m in models:
-        f = m.figures
-        print(f"{m.name:<18}{', '.join(m.aliases):<14}{m.parameters / 1e6:>9.1f} M{m.weight_bytes / 1e6:>6.1f}   "
-              f"{f['bpp']:.3f} bpp, {f['psnr']:.2f} dB PSNR, {f['ms_ssim']:.4f} MS-SSIM")
-        print(f"  {m.description}")
+    for m in models: print(m)
     print("\nCheckpoints of the published PyTorch HiFiC, about 2 GB each: download one in a browser, then import it.")
     for p in PUBLISHED: print(f"{p.name:<12}{p.target_bpp:.2f} bpp   {p.address}\n  {p.import_line}")
     return 0
@@ -432,7 +428,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("-o", "--out", type=Path, help="file or folder for the results; default: beside the inputs")
         sub.add_argument("--force", action="store_true", help="overwrite results that exist")
 
-    shipped = "a model's name (see hific models) or a model folder; default: hific-lite"
+    shipped = "a model's name (see hific models), a model folder, or owner/name on the Hugging Face Hub; default: hific-lite"
     sub = command("compress", compress_command, "Compress a picture, or every picture in a folder, to .hfc files.")
     files(sub, "a picture or a folder of pictures")
     sub.add_argument("--reconstruct", action="store_true", help="write PNGs of the reconstructions, without entropy coding")
