@@ -110,7 +110,8 @@ class Page:
         self.page = browser.new_page(viewport={"width": viewport[0], "height": viewport[1]}, **options)
         self.page.set_default_timeout(60_000)
         self.errors = []
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        # "Disposed" is JupyterLab's own, of a kernel that is replaced while it still starts
+        self.page.on("pageerror", lambda error: str(error) == "Disposed" or self.errors.append(str(error)))
         self.page.on("console", lambda message: message.type == "error" and self.errors.append(
             f"{message.text} {message.location.get('url', '')}"))
         self.outside = []
