@@ -544,11 +544,14 @@ def _versions() -> dict: return dict(python=platform.python_version(), torch=tor
 
 
 def _git_state() -> dict | None:
-    "Commit of the working tree that this package is run from, and whether it was changed; None where there is none."
+    "Commit of the clone that this package is run from, and whether it was changed; None for an installed package."
+    source = Path(__spec__.origin if __spec__ else "14_training.ipynb")
     def ask(*command):
-        return subprocess.run(["git", "-C", Path(__spec__.origin).parent if __spec__ else ".", *command], capture_output=True,
-                              text=True, timeout=10, check=True).stdout.strip()
-    try: return dict(commit=ask("rev-parse", "HEAD"), changed=bool(ask("status", "--porcelain", "--untracked-files=no")))
+        return subprocess.run(["git", "-C", source.parent, *command], capture_output=True, text=True, timeout=10,
+                              check=True).stdout.strip()
+    try:
+        ask("ls-files", "--error-unmatch", source.name)  # not the repository that a virtual environment lies in
+        return dict(commit=ask("rev-parse", "HEAD"), changed=bool(ask("status", "--porcelain", "--untracked-files=no")))
     except (OSError, subprocess.SubprocessError): return None
 
 

@@ -1,7 +1,6 @@
 """The explorers in a real browser: by Voilà, by JupyterLab, by `hific explore`. Every figure on the page is computed again here."""
 
 import contextlib
-import importlib.util
 import io
 import os
 import re
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from browser import ARGUMENTS, CHROMIUM, needs_browser
 from PIL import Image
 
 from hific_nb.baselines import get_baseline
@@ -30,21 +30,9 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "nbs" / "explore" / "bitrate_vs_quality.ipynb"
 MODEL = ROOT / "tests" / "golden" / "levels"  # 9 levels; its pictures are noise, its files and figures real
 SHOTS = ROOT / "outputs" / "explore"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic", "--no-first-run",
-             "--disable-background-networking", "--disable-component-update", "--disable-sync",
-             "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
+MISSING = needs_browser("voila", "jupyterlab", "anywidget")
 
-
-def needs_browser():
-    missing = [name for name in ("voila", "jupyterlab", "anywidget") if importlib.util.find_spec(name) is None]
-    if missing: return f"{missing[0]} is missing: pip install '.[notebooks,dev]'"
-    if importlib.util.find_spec("playwright") is None: return "playwright is missing: pip install playwright"
-    if CHROMIUM is None: return "no chromium: apt-get install -y chromium"
-    return None
-
-
-pytestmark = pytest.mark.skipif(needs_browser() is not None, reason=str(needs_browser()))
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from PIL import Image
 
 from hific_nb import Codec
 from hific_nb.cli import main as cli_main
-from hific_nb.data import sample_photo
+from hific_nb.data import sample_photo, sample_photo_path, write_shard
 
 ROOT = Path(__file__).resolve().parent.parent
 JOBS = sorted((ROOT / "nbs" / "jobs").glob("*.ipynb"))
@@ -159,6 +159,17 @@ def test_hific_train_makes_the_run_and_its_report(tmp_path, capfd):
     assert about["warm_start"] == "hific-lite" and about["warm_start_report"]["not_loaded"] == []
     assert cli_main(["train", "--dataset", str(photos), "--run", str(tmp_path / "other"), "--perceptual", "nothing"]) == 1
     assert "perceptual" in capfd.readouterr().err
+
+
+def test_shards_too_small_to_hold_a_photo_back(tmp_path):
+    """The run ends with its model and its report all the same."""
+    write_shard(tmp_path / "few.tar", [(path.name, path.read_bytes()) for path in map(sample_photo_path, ("chelsea", "coffee"))])
+    run = tmp_path / "run"
+    settings = dict(dataset=tmp_path / "few.tar", n_steps="2", batch_size=1, crop_size=64, log_every=1, perceptual="none")
+    done, notebook = run_job("train", run, settings, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "No photo was held back" in str(notebook["cells"]) and (run / "model" / "config.json").exists()
+    assert json.loads((run / "metrics.json").read_text())["held_back"] is None
 
 
 def test_the_guides_two_commands(tmp_path):

@@ -1,12 +1,10 @@
 """The comparison slider: what its output holds, and what it does in a real browser."""
 
 import base64
-import importlib.util
 import io
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -19,6 +17,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+from browser import ARGUMENTS, CHROMIUM, needs_browser
 from PIL import Image
 
 from hific_nb.baselines import get_baseline
@@ -31,7 +30,6 @@ from hific_nb.widgets import (NewestOnly, PictureFiles, WidgetError, bitrate_exp
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
@@ -283,17 +281,7 @@ def test_rate_curve():
 
 # ------------------------------------------------------------------------------------------------ in a browser
 
-def needs_browser():
-    missing = [name for name in ("jupyterlab", "nbclient", "anywidget") if importlib.util.find_spec(name) is None]
-    if missing: return f"{missing[0]} is missing: pip install '.[notebooks,dev]'"
-    if importlib.util.find_spec("playwright") is None: return "playwright is missing: pip install playwright"
-    if CHROMIUM is None: return "no chromium: apt-get install -y chromium"
-    return None
-
-
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic", "--no-first-run",
-             "--disable-background-networking", "--disable-component-update", "--disable-sync",
-             "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
+MISSING = needs_browser("jupyterlab", "nbclient", "anywidget")
 
 
 @pytest.fixture
@@ -350,7 +338,7 @@ LINE = """() => {
 }"""
 
 
-@pytest.mark.skipif(needs_browser() is not None, reason=str(needs_browser()))
+@pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 def test_slider_in_jupyterlab(lab, tmp_path, photos, monkeypatch):
     """An executed notebook, reopened. Not trusted: the still picture. Signed: the slider is there and moves without its
     kernel. Run again: Python follows the line, and the line follows Python."""

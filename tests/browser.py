@@ -1,0 +1,18 @@
+"""The browser that tests of widgets and explorers share."""
+
+import importlib.util
+import shutil
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic", "--no-first-run",
+             "--disable-background-networking", "--disable-component-update", "--disable-sync",
+             "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
+
+
+def needs_browser(*packages):
+    "What is missing for a test in Chromium that uses these packages, with the line to type; None where nothing is."
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing: return f"{missing[0]} is missing: pip install '.[notebooks,dev]'"
+    if importlib.util.find_spec("playwright") is None: return "playwright is missing: pip install playwright"
+    if CHROMIUM is None: return "no chromium: apt-get install -y chromium"
+    return None
