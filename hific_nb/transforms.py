@@ -4,9 +4,13 @@
 
 # %% auto #0
 __all__ = ['DOWNSAMPLING', 'Reflect', 'ChannelNorm', 'HificEncoder', 'winograd_conv3x3', 'HificGenerator', 'LightEncoder',
-           'LightGenerator', 'register_transform', 'build_transforms']
+           'LightGenerator', 'reach', 'register_transform', 'build_transforms']
 
 # %% ../nbs/02_transforms.ipynb #6c4753d8
+import math
+from collections.abc import Callable
+from fractions import Fraction
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -69,6 +73,9 @@ class _InstanceNorm(nn.InstanceNorm2d):
         return self.bias[:, None, None].expand_as(x)
 
 # %% ../nbs/02_transforms.ipynb #f73eebe6
+def _apply(layer: nn.Module, x: Tensor) -> Tensor: return layer(x)
+
+
 def _hific_widths(config: ModelConfig) -> tuple[int, ...]:
     if len(config.channels) != 5:
         raise ConfigError("The drawing 'hific' needs five channels (at 1, 1/2, 1/4, 1/8, 1/16).")
@@ -91,9 +98,15 @@ class HificEncoder(nn.Module):
             setattr(self, f"conv_block{i + 1}", block)
         self.conv_block_out = nn.Sequential(Reflect(1, 1, 1, 1), nn.Conv2d(widths[4], config.latent_channels, 3))
 
+    def fine_layers(self) -> list[nn.Module]: return [getattr(self, f"conv_block{i}") for i in range(1, 6)]
+
+    def coarse_layers(self) -> list[nn.Module]: return [self.conv_block_out]
+
+    def coarse(self, x: Tensor, through: Callable = _apply) -> Tensor: return through(self.conv_block_out, x)
+
     def forward(self, x: Tensor) -> Tensor:
-        for i in range(1, 6): x = getattr(self, f"conv_block{i}")(x)  # (B, 960, H/16, W/16) after the last
-        return self.conv_block_out(x)
+        for layer in self.fine_layers(): x = layer(x)  # (B, 960, H/16, W/16) after the last
+        return self.coarse(x)
 
 # %% ../nbs/02_transforms.ipynb #2fcf8792
 _FILTER = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))  # G
@@ -192,18 +205,31 @@ class HificGenerator(nn.Module):
             setattr(self, f"upconv_block{i + 1}", nn.Sequential(up, norm(w_out), nn.ReLU()))
         self.conv_block_out = nn.Sequential(Reflect(3, 3, 3, 3), nn.Conv2d(widths[0], 3, 7))
 
-    def forward(self, y: Tensor) -> Tensor:
-        x = self.conv_block_init(y)  # (B, 960, h, w)
+    def coarse_layers(self) -> list[nn.Module]:
+        return [self.conv_block_init, *(getattr(self, f"resblock_{i}") for i in range(self.n_blocks))]
+
+    def fine_layers(self) -> list[nn.Module]:
+        return [*(getattr(self, f"upconv_block{i}") for i in range(1, 5)), self.conv_block_out]
+
+    def noise(self, batch: int, h: int, w: int) -> Tensor:
+        "The noise of evaluation for latents of h x w, (batch, noise_channels, h, w) float32: a part has that of its place."
+        return torch.randn((batch, self.noise_channels, h, w), generator=torch.Generator().manual_seed(0))
+
+    def coarse(self, y: Tensor, through: Callable = _apply, noise: Tensor | None = None) -> Tensor:
+        first, *blocks = self.coarse_layers()
+        x = through(first, y)  # (B, 960, h, w)
         if self.noise_channels:
-            shape = (x.shape[0], self.noise_channels, *x.shape[2:])
-            if self.training: noise = torch.randn(shape, device=x.device, dtype=x.dtype)
-            else: noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(x)
-            x = torch.cat((x, noise), 1)
+            if self.training: noise = torch.randn((len(x), self.noise_channels, *x.shape[2:]), device=x.device, dtype=x.dtype)
+            elif noise is None: noise = self.noise(len(x), *x.shape[2:])
+            x = torch.cat((x, noise.to(x)), 1)
         trunk = x
-        for i in range(self.n_blocks): trunk = getattr(self, f"resblock_{i}")(trunk)
-        x = trunk + x
-        for i in range(1, 5): x = getattr(self, f"upconv_block{i}")(x)  # each doubles the sides
-        return self.conv_block_out(x)
+        for block in blocks: trunk = through(block, trunk)
+        return trunk + x
+
+    def forward(self, y: Tensor) -> Tensor:
+        x = self.coarse(y)
+        for layer in self.fine_layers(): x = layer(x)  # all but the last double the sides
+        return x
 
 # %% ../nbs/02_transforms.ipynb #e1aed915
 class _Bottleneck(nn.Module):
@@ -216,6 +242,15 @@ class _Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.expand(F.relu_(self.conv(F.relu_(self.reduce(x)))))
+
+
+class _Shift(nn.Module):
+    "x + shift, as a layer."
+    def __init__(self, shift: float):
+        super().__init__()
+        self.shift = shift
+
+    def forward(self, x: Tensor) -> Tensor: return x + self.shift
 
 
 def _check_light(config: ModelConfig, blocks: tuple) -> None:
@@ -237,6 +272,15 @@ class LightEncoder(nn.Module):
             layers += [nn.Conv2d(last, width, 5, stride=2, padding=2), *(_Bottleneck(width) for _ in range(blocks))]
             last = width
         self.layers = nn.Sequential(*layers, nn.Conv2d(last, config.latent_channels, 3, padding=1))
+        self.n_fine = len(layers) - config.encoder_blocks[3]
+
+    def fine_layers(self) -> list[nn.Module]: return [_Shift(-0.5), *self.layers[: self.n_fine]]
+
+    def coarse_layers(self) -> list[nn.Module]: return [*self.layers[self.n_fine:]]
+
+    def coarse(self, x: Tensor, through: Callable = _apply) -> Tensor:
+        for layer in self.coarse_layers(): x = through(layer, x)
+        return x
 
     def forward(self, x: Tensor) -> Tensor: return self.layers(x - 0.5)
 
@@ -255,8 +299,37 @@ class LightGenerator(nn.Module):
             w_out = config.channels[i - 1] if i else 3
             layers.append(nn.ConvTranspose2d(config.channels[i], w_out, 5, stride=2, padding=2, output_padding=1))
         self.layers = nn.Sequential(*layers)
+        self.n_coarse = 1 + config.generator_blocks[3]
+
+    def coarse_layers(self) -> list[nn.Module]: return [*self.layers[: self.n_coarse]]
+
+    def fine_layers(self) -> list[nn.Module]: return [*self.layers[self.n_coarse:], _Shift(0.5)]
+
+    def coarse(self, y: Tensor, through: Callable = _apply) -> Tensor:
+        for layer in self.coarse_layers(): y = through(layer, y)
+        return y
 
     def forward(self, y: Tensor) -> Tensor: return self.layers(y) + 0.5
+
+# %% ../nbs/02_transforms.ipynb #1069ccac
+_POINTWISE = nn.ReLU, ChannelNorm, Reflect, _Shift, nn.Identity
+
+
+def reach(layer: nn.Module) -> tuple[int, int, int] | None:
+    """How far a layer sees: (margin, down, up).
+
+    Rows a ... b of its output, which has up / down times the resolution, depend on the input's rows a * down / up - margin ...
+    b * down / up + margin, and columns likewise. Sums over the convolutions inside, which must be registered in the order they
+    are run in. None for a layer that sees everything, as instance norm does, or of which nothing is known.
+    """
+    margin, apart = Fraction(0), Fraction(1)
+    for m in layer.modules():
+        if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
+            k, stride = m.kernel_size[0] // 2, m.stride[0]
+            if isinstance(m, nn.ConvTranspose2d): margin, apart = margin - k // -stride * apart, apart / stride
+            else: margin, apart = margin + k * apart, apart * stride
+        elif not isinstance(m, _POINTWISE) and not any(True for _ in m.children()): return None
+    return math.ceil(margin), apart.numerator, apart.denominator
 
 # %% ../nbs/02_transforms.ipynb #2e1c388b
 _TRANSFORMS = {"hific": (HificEncoder, HificGenerator), "light": (LightEncoder, LightGenerator)}
