@@ -11,6 +11,7 @@ __all__ = ['SAMPLE_PHOTOS', 'ImageError', 'read_image', 'sample_photo_path', 'sa
 # %% ../nbs/01_data.ipynb #bfa53b6c
 import base64
 import csv
+import fnmatch
 import glob
 import hashlib
 import importlib.util
@@ -35,7 +36,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageCms, ImageFile, ImageOps
 
-from .config import HificError, write_atomic
+from .config import (HificError, find_urls, is_url, join_path, local_or_url, open_file, path_name, read_file,
+                             write_atomic)
 
 # %% ../nbs/01_data.ipynb #12a98a41
 class ImageError(HificError, ValueError):
@@ -92,9 +94,10 @@ def _opened(source, limit: int):
         if not (hasattr(file, "seekable") and file.seekable()): file = io.BytesIO(file.read())
     elif isinstance(source, (str, os.PathLike)):
         name = os.fspath(source)
-        try: file = open(source, "rb")  # noqa: SIM115, closed below
+        try: file = io.BytesIO(read_file(source)) if is_url(source) else open_file(source)
         except FileNotFoundError: raise ImageError(f"{name} does not exist: check the path.") from None
         except IsADirectoryError: raise ImageError(f"{name} is a folder, not an image: name a file in it.") from None
+        except HificError as error: raise ImageError(str(error)) from None
         except (OSError, ValueError) as error:
             raise ImageError(f"{name!r} cannot be opened ({error}): check the name and its permissions.") from error
     else:
@@ -104,7 +107,11 @@ def _opened(source, limit: int):
             with _pillow_rules(limit): image = Image.open(file)
         except Image.DecompressionBombError: raise _too_large(name, None, limit) from None
         except Image.UnidentifiedImageError:
+            file.seek(0)
+            if file.read(3) == b"\x89HF":
+                raise ImageError(f"{name} is a .hfc file: import hific_nb.pillow first, and it is read as a picture.") from None
             raise ImageError(f"{name} is not an image that Pillow can read: convert it to PNG or JPEG.") from None
+        except HificError as error: raise ImageError(f"{name}: {error}") from error  # a .hfc file, which says what is wrong
         except Exception as error:
             raise ImageError(f"{name} has a damaged header ({error}): get a whole copy of it.") from error
         _check_size(image, name, limit)
@@ -128,6 +135,7 @@ def _load(image: Image.Image, name: str, limit: int) -> None:
         else: image.load()  # outside the lock: several threads decode at once
     except Image.DecompressionBombError: raise _too_large(name, None, limit) from None
     except MemoryError: raise ImageError(f"{name} needs more memory than there is: make it smaller.") from None
+    except HificError as error: raise ImageError(f"{name}: {error}") from error
     except Exception as error:  # decoders of damaged files raise almost anything
         raise ImageError(f"{name} is truncated or damaged ({error}): get a whole copy of it.") from error
 
@@ -224,7 +232,7 @@ def _to_srgb(image: Image.Image, icc: bytes | None, name: str) -> Image.Image:
 def read_image(source, max_pixels: int | None = None) -> Image.Image:
     """A photo as 8-bit sRGB: upright, the first frame, mode "RGB", or "RGBA" where the source has transparency.
 
-    `source`: a path, the bytes of a file, a binary file object (read from its beginning, left open), or a PIL image
+    `source`: a path or an address, the bytes of a file, a binary file object (read from its beginning, left open), or a PIL image
     (left as it was). The content decides the format, never the extension. EXIF orientation is applied; an ICC profile
     is converted to sRGB (relative colorimetric, black point compensation), a broken one is ignored with a warning.
     16-bit grey (modes I;16 and I) is divided by 257; float grey is taken as 0..1 if it nowhere exceeds 1, else as
@@ -319,20 +327,31 @@ def image_extensions() -> frozenset[str]:
     return frozenset(e for e, kind in known if kind in Image.OPEN and kind not in _NO_PHOTOS) | {".avif", ".webp"}
 
 # %% ../nbs/01_data.ipynb #1b4c0cb5
-def find_images(folder) -> list[Path]:
+def find_images(folder, extensions=None) -> list[Path] | list[str]:
     """The images in `folder` and all folders below, sorted by relative path; a path to a file gives a list of one.
 
-    Extensions count in any case (`image_extensions`); hidden files and folders are skipped, links to folders are
-    followed, once each; a folder that may not be read is named in a warning. A missing folder, or one without images,
-    raises `ImageError`.
+    folder: a path, or an address, which gives addresses. extensions: in lower case, such as {".hfc"}; None: `image_extensions()`.
+    Extensions count in any case; hidden files and folders are skipped, links to folders are followed, once each; a
+    folder that may not be read is named in a warning. A missing folder, or one without images, raises `ImageError`.
     """
-    folder = Path(folder)
-    if folder.is_file(): return [folder]
+    folder, known = local_or_url(folder), extensions or image_extensions()
+    if is_url(folder): files, found = _urls_below(folder, known)
+    else: files, found = _files_below(folder, known)
+    if found: return found
+    wanted = ", ".join(sorted(extensions)) if extensions else ".jpg, .png, .webp, .avif, .tif or other"
+    if not extensions and any(path_name(f).lower().endswith(".hfc") for f in files):
+        raise ImageError(f"{folder} holds .hfc files: import hific_nb.pillow first, and they are read as pictures.")
+    raise ImageError(f"{folder} holds no images: name a folder with {wanted} files.")
+
+
+def _files_below(folder: Path, known) -> tuple[list[Path], list[Path]]:
+    "All files that are not hidden, and those of a known extension; of a file, itself."
+    if folder.is_file(): return [folder], [folder]
     if not folder.exists(): raise ImageError(f"{folder} does not exist: check the path.")
 
-    def unreadable(error): warnings.warn(f"{error.filename} cannot be looked into ({error.strerror}).", stacklevel=3)
+    def unreadable(error): warnings.warn(f"{error.filename} cannot be looked into ({error.strerror}).", stacklevel=4)
 
-    known, found, seen = image_extensions(), [], set()
+    found, seen = [], set()
     for place, folders, files in os.walk(folder, followlinks=True, onerror=unreadable):
         real = os.path.realpath(place)
         if real in seen:  # a link that leads in a circle
@@ -340,10 +359,20 @@ def find_images(folder) -> list[Path]:
             continue
         seen.add(real)
         folders[:] = sorted(f for f in folders if not f.startswith("."))
-        found += [Path(place, f) for f in files if not f.startswith(".") and Path(f).suffix.lower() in known]
-    if not found:
-        raise ImageError(f"{folder} holds no images: name a folder with .jpg, .png, .webp, .avif, .tif or other files.")
-    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+        found += [Path(place, f) for f in files if not f.startswith(".")]
+    found.sort(key=lambda path: path.relative_to(folder).as_posix())
+    return found, [path for path in found if path.suffix.lower() in known]
+
+
+def _urls_below(folder: str, known) -> tuple[list[str], list[str]]:
+    "As `_files_below`, of an address."
+    try: found = find_urls(folder)
+    except OSError as error: raise ImageError(f"{folder} cannot be looked into ({error.strerror}): check the address.") from error
+    if not found: raise ImageError(f"{folder} does not exist, or is empty: check the address.")
+    if found == [folder]: return found, found
+    below = len(folder.rstrip("/"))
+    found = [url for url in found if "/." not in url[below:]]
+    return found, [url for url in found if Path(path_name(url)).suffix.lower() in known]
 
 # %% ../nbs/01_data.ipynb #a3de29b1
 def holdout_split(paths, every: int = 10, manifest=None) -> tuple[list[Path], list[Path]]:
@@ -351,24 +380,42 @@ def holdout_split(paths, every: int = 10, manifest=None) -> tuple[list[Path], li
 
     The order is that of the lines of `manifest`, a CSV file whose column `file` has paths relative to its folder. None
     stands for the manifest.csv in the folder that all `paths` share, if it has one; without it the order is that of the
-    sorted paths. Photos that the manifest does not name are for training. Raises `ImageError` if it cannot be read.
+    sorted paths. Photos that the manifest does not name are for training. All of it holds for addresses as well.
+    Raises `ImageError` if the manifest cannot be read.
     """
-    paths = sorted(Path(p) for p in paths)
+    paths = sorted(local_or_url(p) for p in paths)
     if every < 2: raise ImageError(f"every must be at least 2, not {every}: else nothing is left to train on.")
     if not paths: return [], []
-    if manifest is None:
-        common = Path(os.path.commonpath([p.parent.resolve() for p in paths]), "manifest.csv")
-        manifest = common if common.is_file() else None
-    if manifest is None: held = {p.resolve() for p in paths[every - 1::every]}
+    if manifest is None: manifest = _shared_manifest(paths)
+    if manifest is None: held = {_whole_path(p) for p in paths[every - 1::every]}
     else:
+        manifest = local_or_url(manifest)
         try:
-            with open(manifest, newline="", encoding="utf-8-sig") as lines:
-                files = [line["file"] for line in csv.DictReader(lines)]
+            lines = io.StringIO(read_file(manifest).decode("utf-8-sig"), newline="")
+            files = [line["file"] for line in csv.DictReader(lines)]
         except KeyError: raise ImageError(f"{manifest} has no column named file: add one with the paths.") from None
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise ImageError(f"{manifest} cannot be read ({error}): name a CSV file with a column file.") from error
-        held = {Path(manifest).parent.joinpath(name).resolve() for name in files[every - 1::every] if name}
-    return [p for p in paths if p.resolve() not in held], [p for p in paths if p.resolve() in held]
+        held = {_whole_path(_beside(manifest, name)) for name in files[every - 1::every] if name}
+    return [p for p in paths if _whole_path(p) not in held], [p for p in paths if _whole_path(p) in held]
+
+
+def _whole_path(path: Path | str) -> Path | str: return path if is_url(path) else path.resolve()
+
+
+def _beside(path: Path | str, name: str) -> Path | str:
+    return f"{path.rsplit('/', 1)[0]}/{name}" if is_url(path) else path.parent.joinpath(name)
+
+
+def _shared_manifest(paths: list) -> Path | str | None:
+    "The manifest.csv in the folder that all paths share, if it is there."
+    if not is_url(paths[0]):
+        common = Path(os.path.commonpath([p.parent.resolve() for p in paths]), "manifest.csv")
+        return common if common.is_file() else None
+    manifest = os.path.commonprefix([url.rsplit("/", 1)[0] + "/" for url in paths]).rsplit("/", 1)[0] + "/manifest.csv"
+    try: read_file(manifest)
+    except (OSError, HificError): return None
+    return manifest
 
 # %% ../nbs/01_data.ipynb #ade86f60
 _MAX_SATURATION, _MAX_VALUE = 0.9, 0.8  # Mentzer et al. 2019, section 5
@@ -544,9 +591,9 @@ class _Crops:
 class PhotoCrops(_Crops):
     """Random training crops of photos. `batch(step)` depends on (seed, step) alone: a resumed run sees the same data.
 
-    `paths`: image files, or one folder. Each crop picks a photo (all equally likely), a scale within `scale`, a place
-    and, with `flip`, one of two mirror images. It takes crop_size / scale pixels and resizes them to crop_size
-    (Lanczos); at scale 1 it is a cut, pixel for pixel. A photo with fewer pixels than that is used whole on its shorter
+    `paths`: image files, or one folder; addresses of them, too. Each crop picks a photo (all equally likely), a scale
+    within `scale`, a place and, with `flip`, one of two mirror images. It takes crop_size / scale pixels and
+    resizes them to crop_size (Lanczos); at scale 1 it is a cut, pixel for pixel. A photo with fewer pixels than that is used whole on its shorter
     side, never enlarged. `shorter_side`, (low, high) in pixels, replaces `scale` for large photos: the shorter side of
     the photo is brought to a random length within it (HiFiC: 500 to 1000).
 
@@ -567,7 +614,7 @@ class PhotoCrops(_Crops):
                  rank: int = 0, world: int = 1, held: list[Path] | None = None):
         super().__init__(crop_size, batch_size, seed, memory_gb, scale, flip, max_pixels, threads, drop_flat, shorter_side,
                          rank, world)
-        self.paths = find_images(paths) if isinstance(paths, (str, os.PathLike)) else [Path(p) for p in paths]
+        self.paths = find_images(paths) if isinstance(paths, (str, os.PathLike)) else [local_or_url(p) for p in paths]
         self._held = list(held or [])
         self._read_all(progress)
         for note, why in ((self.too_small, f"have a side shorter than the crop of {self.crop_size} pixels"),
@@ -612,20 +659,27 @@ class PhotoCrops(_Crops):
 def write_shard(path, photos) -> Path:
     """A tar file of `photos`, an iterable of (name, bytes), that is there whole or not at all, an old one included.
 
+    path: local, or an address, for which the shard is put together in memory.
     WebDataset takes what precedes the first dot of a name as the key of a sample: so should names be unique there.
     Raises `HificError` if it cannot be written.
     """
     import tarfile
 
-    path = Path(path)
+    def fill(file):
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for name, data in photos:
+                member = tarfile.TarInfo(name)
+                member.size, member.mode = len(data), 0o644
+                tar.addfile(member, io.BytesIO(data))
+
+    path = local_or_url(path)
+    if is_url(path):
+        fill(buffer := io.BytesIO())
+        return write_atomic(path, buffer.getvalue())
     part = path.with_name(f".{path.name}.part")
     try:
         with open(part, "wb") as file:
-            with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-                for name, data in photos:
-                    member = tarfile.TarInfo(name)
-                    member.size, member.mode = len(data), 0o644
-                    tar.addfile(member, io.BytesIO(data))
+            fill(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -643,11 +697,13 @@ def shard_members(path) -> list[tuple[str, int, int]]:
     """
     import tarfile
 
-    path, known, found = Path(path), image_extensions(), []
-    try: size = path.stat().st_size
+    path, known, found = local_or_url(path), image_extensions(), []
+    try: file = open_file(path)
     except OSError as error: raise ImageError(f"{path} cannot be opened ({error.strerror}): check the path.") from error
     try:
-        with tarfile.open(path, "r:") as tar:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        with file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 name = member.name.rsplit("/", 1)[-1]
                 whole = member.offset_data + member.size <= size
@@ -664,7 +720,7 @@ def shard_members(path) -> list[tuple[str, int, int]]:
 
 def _member(path, offset: int, size: int, name: str) -> io.BytesIO:
     "A photo of a shard, as a file with a name for messages."
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         file.seek(offset)
         data = io.BytesIO(file.read(size))
     data.name = name
@@ -687,25 +743,37 @@ def expand_braces(text: str) -> list[str]:
     return [text[:found.start()] + option + rest for option in options for rest in expand_braces(text[found.end():])]
 
 
-def _is_url(text) -> bool: return isinstance(text, str) and text.startswith(("http://", "https://"))
+def _is_http(text) -> bool: return isinstance(text, str) and text.startswith(("http://", "https://"))
 
 
 def find_shards(spec) -> list[str]:
-    """Paths or addresses of the shards that `spec` stands for: a folder, a path with * or ?, braces, an http(s)
-    address, or a list of these. Local ones must exist; addresses are not looked at. Raises `ImageError` if there are
-    none."""
+    """Paths or addresses of the shards that `spec` stands for: a folder, a path with * or ?, braces, an address (s3://,
+    https://, ...), or a list of these. Local ones must exist; addresses are not looked at but for folders and patterns,
+    and on http and https a folder ends with a slash. Raises `ImageError` if there are none."""
     if isinstance(spec, (list, tuple)):
         if not spec: raise ImageError("The list of shards is empty: name a folder or a pattern.")
         return [shard for part in spec for shard in find_shards(part)]
     found = []
     for text in expand_braces(os.fspath(spec)):
-        if _is_url(text): found.append(text)
+        if not is_url(text): text = str(local_or_url(text))
+        if is_url(text) and "*" not in text and (text.endswith(".tar") or _is_http(text) and text[-1] != "/"): found.append(text)
+        elif is_url(text): found += _shards_of(text)
         elif os.path.isdir(text): found += sorted(glob.glob(os.path.join(glob.escape(text), "*.tar")))
         elif os.path.isfile(text): found.append(text)
         elif matched := sorted(glob.glob(text, recursive=True)): found += matched
         else: raise ImageError(f"{text} does not exist: check the path of the shards.")
     if not found: raise ImageError(f"{spec} holds no .tar files: name the folder or the pattern of your shards.")
     return found
+
+
+def _shards_of(url: str) -> list[str]:
+    "Those directly in a store's folder, or of a pattern for their names; ? begins no pattern there."
+    folder, _, pattern = url.rpartition("/") if "*" in url else (url.rstrip("/"), "", "*.tar")
+    folder += "/" * _is_http(folder)
+    if "*" in folder: raise ImageError(f"{url}: a pattern may stand in the last part of an address only.")
+    try: names = [url[len(folder.rstrip("/")) + 1:] for url in find_urls(folder)]
+    except OSError as error: raise ImageError(f"{url} cannot be looked into ({error.strerror}): check the address.") from error
+    return [join_path(folder, name) for name in names if "/" not in name and fnmatch.fnmatchcase(name, pattern)]
 
 # %% ../nbs/01_data.ipynb #a148a2c5
 _RETRY = {408, 425, 429, 500, 502, 503, 504}  # "not now"; other errors of HTTP mean "never"
@@ -790,6 +858,16 @@ def _file_lock(path):
         yield  # closing the file ends the lock
 
 
+def _copy(url: str, out) -> None:
+    "What lies behind an address of any kind into the file `out`; its store's client asks again by itself."
+    try:
+        with open_file(url) as file: shutil.copyfileobj(file, out, 1 << 22)
+    except FileNotFoundError as error: raise _RefusedError(f"{url} does not exist.") from error
+    except OSError as error:
+        if error.filename != url: raise  # of the disk
+        raise ImageError(f"{url} cannot be read ({error.strerror}): check the address.") from error
+
+
 class _ShardCache:
     "Shards behind addresses, as files of `folder`, which is kept below `limit` bytes as far as those in use allow."
 
@@ -810,7 +888,9 @@ class _ShardCache:
                 if path.exists(): os.utime(path)
                 else:
                     part = path.with_name(f".{path.name}.part")
-                    with open(part, "wb") as file: _fetch(url, file, self.retries, self.backoff)
+                    with open(part, "wb") as file:
+                        if _is_http(url): _fetch(url, file, self.retries, self.backoff)
+                        else: _copy(url, file)
                     self._make_room(part.stat().st_size, {self.path(u) for u in in_use})
                     os.replace(part, path)
         except OSError as error:
@@ -847,7 +927,7 @@ class ShardCrops(_Crops):
     for each shard, by default as many as the first one has photos, so shards should hold about equally many; in a
     fuller window photos sit out, in an emptier one they come again.
 
-    Shards behind http(s) addresses are fetched when their window is near and kept in `cache` (default: hific_nb/shards
+    Shards behind addresses are fetched when their window is near and kept in `cache` (default: hific_nb/shards
     in the user's cache folder) within `cache_gb`, but at least two windows. A server that does not answer is asked
     again, 14 times within about 10 minutes by default (`retries`, `backoff`); then `ImageError` is raised. A shard that
     the server refuses (404), or that is no tar file, is left out with one warning (`missing`). `held_back_every` keeps
@@ -885,7 +965,7 @@ class ShardCrops(_Crops):
             source, shard = self.shards[index], None
             try:
                 with self._lock: in_use = [url for urls in self._in_use.values() for url in urls]
-                file = self._cache.get(source, [*in_use, source]) if _is_url(source) else source
+                file = self._cache.get(source, [*in_use, source]) if is_url(source) else source
             except _RefusedError as error: fault = error
             else:
                 try: shard = _Shard(file, source.rsplit("/", 1)[-1], self._every)
@@ -911,7 +991,7 @@ class ShardCrops(_Crops):
         with self._lock:
             for key in ((passed, window), following):
                 self._in_use.pop(key, None)
-                self._in_use[key] = [url for i in self._order(*key) if _is_url(url := self.shards[i])]
+                self._in_use[key] = [url for i in self._order(*key) if is_url(url := self.shards[i])]
             for old in list(self._in_use)[:-3]: del self._in_use[old]
         photos = [(i, j) for i in self._order(passed, window) if (s := self._shard(i)) for j in range(len(s.members))]
         if not photos:
@@ -920,7 +1000,7 @@ class ShardCrops(_Crops):
         with self._lock:
             found = self._windows.setdefault((passed, window), (photos, {}))
             for old in list(self._windows)[:-3]: del self._windows[old]
-        if any(_is_url(self.shards[i]) for i in self._order(*following)):
+        if any(is_url(self.shards[i]) for i in self._order(*following)):
             ahead = self._order(*following), getattr(_WORKER, "cancel", None)
             threading.Thread(target=self._fetch_ahead, args=ahead, daemon=True, name="ShardCrops").start()
         return found
@@ -959,7 +1039,7 @@ class ShardCrops(_Crops):
             name, offset, size = shard.members[j]
             try: data = _member(shard.file, offset, size, f"{shard.name}/{name}")
             except OSError as error:  # another process made room in the cache
-                if again or not _is_url(self.shards[index]):
+                if again or not is_url(self.shards[index]):
                     raise ImageError(f"{self.shards[index]} cannot be read any more ({error.strerror}).") from error
                 with self._lock: self._open.pop(index, None)
             else: break
@@ -987,9 +1067,12 @@ class ShardCrops(_Crops):
 def _names_shards(spec) -> bool:
     "Whether `spec` stands for shards, not for photos."
     if not isinstance(spec, (str, os.PathLike)): return True
-    text = os.fspath(spec)
-    if not os.path.isdir(text): return _is_url(text) or text.endswith(".tar") or any(c in text for c in "{*?")
-    files = [entry.name for entry in os.scandir(text) if not entry.name.startswith(".")]
+    text = os.fspath(local_or_url(spec))
+    if is_url(text):
+        if text.endswith(".tar") or "{" in text or "*" in text or _is_http(text) and not text.endswith("/"): return True
+        files = [path_name(f) for f in _urls_below(text, ())[0]]
+    elif not os.path.isdir(text): return text.endswith(".tar") or any(c in text for c in "{*?")
+    else: files = [entry.name for entry in os.scandir(text) if not entry.name.startswith(".")]
     shards = any(name.endswith(".tar") for name in files)
     if shards and any(Path(name).suffix.lower() in image_extensions() for name in files):
         raise ImageError(f"{text} holds photos and shards: name a folder of photos, or the shards as {text}/*.tar.")
@@ -999,7 +1082,8 @@ def _names_shards(spec) -> bool:
 def open_dataset(spec, crop_size: int = 256, batch_size: int = 8, seed: int = 0, *, held_back_every: int = 10,
                  **settings) -> PhotoCrops | ShardCrops:
     """The training crops of `spec`: a folder of photos (`PhotoCrops`), or shards (`ShardCrops`): a folder of .tar
-    files, a pattern such as photos-{000..123}.tar, an http(s) address, or a list of these.
+    files, a pattern such as photos-{000..123}.tar, an http(s) address, or a list of these. Folders may be addresses
+    (s3://..., and on http and https those that end with a slash).
 
     Every `held_back_every`-th photo is held back (`holdout_split`, or of each shard; 0: none): see `held_back(limit)`.
     Further `settings` are those of the two classes; those that only one of them has (progress; window, crops_per_shard,
@@ -1081,7 +1165,7 @@ def read_photo_list(source, column: str = "OriginalURL"):
             yield ListedPhoto(i - 1, _KODAK[0].format(i), f"kodim{i:02}", "sha256:" + digest)
         return
     try:
-        with open(source, newline="", encoding="utf-8-sig") as file:
+        with io.TextIOWrapper(open_file(source), "utf-8-sig", newline="") as file:
             head = file.readline()
             file.seek(0)
             if "," in head and not head.lower().startswith(("http://", "https://", "#")):
@@ -1090,7 +1174,7 @@ def read_photo_list(source, column: str = "OriginalURL"):
                     raise ImageError(f"{source} has no column {column}: name one of {', '.join(table.fieldnames or ())}.")
                 for i, row in enumerate(table):
                     photo = _csv_photo(i, row, column)
-                    if not _is_url(photo.url):
+                    if not _is_http(photo.url):
                         raise ImageError(f"{source}, line {table.line_num}: {photo.url!r} is no http(s) address.")
                     yield photo
                 return
@@ -1098,7 +1182,7 @@ def read_photo_list(source, column: str = "OriginalURL"):
             for number, line in enumerate(file, 1):
                 url, *digest = re.split(r"(?:^|\s)#", line, maxsplit=1)[0].split() or [""]
                 if not url: continue
-                if not _is_url(url) or len(digest) > 1 or not all(re.fullmatch("[0-9a-fA-F]{64}", d) for d in digest):
+                if not _is_http(url) or len(digest) > 1 or not all(re.fullmatch("[0-9a-fA-F]{64}", d) for d in digest):
                     raise ImageError(f"{source}, line {number}: expected an http(s) address, or one and a SHA-256.")
                 yield ListedPhoto(index, url, f"{index:08}", "".join(f"sha256:{d.lower()}" for d in digest))
                 index += 1
@@ -1206,7 +1290,7 @@ def fetch_photos(source, run, *, column: str = "OriginalURL", limit: int = 0, ph
     try: run.mkdir(parents=True, exist_ok=True)
     except OSError as error: raise HificError(f"Cannot make the folder {run}: {error.strerror}.") from error
     with _only_run(run):
-        if _is_url(source): source = _fetched_list(source, run, dict(retries=retries, backoff=backoff, timeout=timeout))
+        if _is_http(source): source = _fetched_list(source, run, dict(retries=retries, backoff=backoff, timeout=timeout))
         digest = source if source == "kodak" else _file_digest(source)
         settings = dict(list=digest, column=column, photos_per_shard=photos_per_shard, **rules)
         before = run / "fetch.json"
@@ -1250,7 +1334,7 @@ def _fetched_list(url: str, run: Path, fetching: dict) -> Path:
 
 def _file_digest(path) -> str:
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             digest = hashlib.sha256()
             while piece := file.read(1 << 20): digest.update(piece)
             return digest.hexdigest()

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from .config import HificError, write_atomic
+from .config import HificError, open_file, write_atomic
 
 # %% ../nbs/07_hfc.ipynb #db9678a0
 class HfcError(HificError, ValueError):
@@ -403,17 +403,17 @@ def check_model(file: HfcFile, fingerprint: bytes, model: str = "this model", ne
 
 # %% ../nbs/07_hfc.ipynb #3de4b103
 def read_hfc(source: str | os.PathLike | bytes, max_pixels: int | None = None, known: Iterable[str] = ()) -> HfcFile:
-    """`unpack` of a path or of bytes; of a large file it reads no more than the first section promises.
+    """`unpack` of a path, an address or of bytes; of a large file it reads no more than the first section promises.
 
     A file that cannot be read raises `HfcError` with the system's reason.
     """
     if isinstance(source, (bytes, bytearray, memoryview)): return unpack(source, max_pixels, known)
     try:
-        with open(source, "rb") as f: return HfcReader(f, max_pixels, known).whole()
+        with open_file(source) as f: return HfcReader(f, max_pixels, known).whole()
     except OSError as error:
         raise HfcError(f"Cannot read {os.fspath(source)}: {error.strerror or error}.") from error
 
 # %% ../nbs/07_hfc.ipynb #11966eda
 def write_hfc(path: str | os.PathLike, data: bytes | HfcFile) -> Path:
-    "Write a file's bytes (or pack and write an `HfcFile`) under a temporary name, then rename: never half a file."
+    "Write a file's bytes (or pack and write an `HfcFile`) to a path or an address: never half a file, see `write_atomic`."
     return write_atomic(path, pack(data) if isinstance(data, HfcFile) else data)

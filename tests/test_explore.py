@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from browser import ARGUMENTS, CHROMIUM, needs_browser
+from browser import ARGUMENTS, CHROMIUM, collect_errors, needs_browser, wait_for_kernel
 from PIL import Image
 
 from hific_nb.baselines import get_baseline
@@ -98,8 +98,7 @@ class Page:
         self.page = browser.new_page(viewport={"width": viewport[0], "height": viewport[1]}, **options)
         self.page.set_default_timeout(60_000)
         self.errors = []
-        # "Disposed" is JupyterLab's own, of a kernel that is replaced while it still starts
-        self.page.on("pageerror", lambda error: str(error) == "Disposed" or self.errors.append(str(error)))
+        collect_errors(self.page, self.errors)
         self.page.on("console", lambda message: message.type == "error" and self.errors.append(
             f"{message.text} {message.location.get('url', '')}"))
         self.outside = []
@@ -277,8 +276,7 @@ def test_page_by_jupyterlab(chromium, codec, photo, tmp_path):
                "--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate"]
     with server(command, url + "/api", tmp_path, HIFIC_EXPLORE_PICTURE=str(photo)):
         page = Page(chromium, url + "/lab/workspaces/t/tree/explore.ipynb?reset", accept_downloads=True, has_touch=True)
-        page.page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
-        page.page.locator("text=/ipykernel.*Idle/").first.wait_for()  # before the kernel is there, a cell is cleared but not run
+        wait_for_kernel(page.page)
         page.page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
         page.settled(ours="level 4")
         original = read_image(photo)

@@ -17,7 +17,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
-from browser import ARGUMENTS, CHROMIUM, needs_browser
+from browser import ARGUMENTS, CHROMIUM, collect_errors, needs_browser, wait_for_kernel
 from PIL import Image
 
 from hific_nb.baselines import get_baseline
@@ -303,7 +303,7 @@ def lab(tmp_path):
         stdout=log, stderr=subprocess.STDOUT, env=env)
     url = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(300):
+        for _ in range(1200):
             try:
                 urllib.request.urlopen(url + "/api", timeout=2).read()
                 break
@@ -358,11 +358,21 @@ def test_slider_in_jupyterlab(lab, tmp_path, photos, monkeypatch):
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        page = browser.new_page(viewport={"width": 1200, "height": 900})
-        page.set_default_timeout(40_000)
         errors = []
-        # "Disposed" is JupyterLab's own, of a kernel that is replaced while it still starts
-        page.on("pageerror", lambda error: str(error) == "Disposed" or errors.append(str(error)))
+
+        def opened(name):
+            page = browser.new_page(viewport={"width": 1200, "height": 900})
+            page.set_default_timeout(90_000)
+            collect_errors(page, errors)
+            page.goto(f"{lab}/lab/workspaces/{name}/tree/{name}.ipynb?reset")
+            return page
+
+        page = opened("sent")
+        page.wait_for_function("document.querySelector('.jp-RenderedImage img')?.naturalWidth == 606")
+        assert page.locator(".hific-compare .hific-compare-box").count() == 0
+        page.close()
+
+        page = opened("mine")
         box, cells = page.locator(".hific-compare .hific-compare-box"), page.locator(".jp-CodeCell")
 
         def line(): return page.evaluate(LINE)
@@ -375,14 +385,6 @@ def test_slider_in_jupyterlab(lab, tmp_path, photos, monkeypatch):
 
         def original(x, y): return np.array(photos[0].getpixel((int(x * 300), int(y * 200))), int)
 
-        page.goto(lab + "/lab/workspaces/t/tree/sent.ipynb?reset")
-        page.wait_for_function("document.querySelector('.jp-RenderedImage img')?.naturalWidth == 606")
-        assert box.count() == 0
-
-        page.evaluate("""async () => {
-            await window.jupyterapp.commands.execute('application:close');
-            await window.jupyterapp.commands.execute('docmanager:open', { path: 'mine.ipynb' });
-        }""")
         box.wait_for()
         page.wait_for_function(
             "[...document.querySelectorAll('.hific-compare-box img')].every(i => i.naturalWidth == 300)")
@@ -410,7 +412,7 @@ def test_slider_in_jupyterlab(lab, tmp_path, photos, monkeypatch):
         assert abs(line() - 0.3) < 0.01
         page.mouse.up()
 
-        page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')  # now with a kernel
+        wait_for_kernel(page)
         page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
         reaches(0.5)
         page.locator(".jp-OutputArea-output", has_text="position 0.5").wait_for()
