@@ -136,7 +136,7 @@ def test_split_view(photos):
     assert view.size == [300, 200] and view.labels == ["before", "after", ""] and view.third == b""
     assert np.array_equal(Image.open(io.BytesIO(view.second)), photos[1])
     data, _ = view._repr_mimebundle_()
-    assert Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).width == 606
+    assert Image.open(io.BytesIO(base64.b64decode(data["image/jpeg"]))).width == 606
     for name, wrong in (("zoom", 150), ("left", 3), ("alone", -2), ("position", 1.5)):
         with pytest.raises(Exception, match=name): setattr(view, name, wrong)
     for wrong in (photos[:1], [photos[0]] * 4, (photos[0], photos[1].resize((10, 10)))):
@@ -261,7 +261,7 @@ def test_explorer_and_pictures(leveled, tmp_path):
         explorer.upload._receive(None, dict(id=name, name="red.png", size=len(buffer.getvalue())), [buffer.getvalue()])
         assert explorer.wait(60) and explorer.picture == explorer.chooser.value == name and explorer.view.size == [50, 40]
     data, _ = explorer._repr_mimebundle_()
-    assert "image/png" in data and "BitrateExplorer" in data["text/plain"]
+    assert "image/jpeg" in data and "BitrateExplorer" in data["text/plain"]
     files = explorer.answer.files
     files.ours = lambda level: 1 / 0
     explorer.level = 0
