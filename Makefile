@@ -16,7 +16,8 @@ test notebooks: export OMP_NUM_THREADS ?= 1
 
 help:
 	@echo "make demo       compress a photo and bring it back; says where the results lie"
-	@echo "make explore    the explorer of bitrate against quality, as a page; PHOTO=photo.jpg to begin with yours"
+	@echo "make explore    the explorer of bitrate against quality, as a page; PHOTO=photo.jpg to begin with yours,"
+	@echo "                PAGE=inside_the_codec for the other one"
 	@echo "make test       every check and every test"
 	@echo "make notebooks  run every room and the index, save their outputs"
 	@echo "make export     write the modules of hific_nb/ from the notebooks"
@@ -29,7 +30,7 @@ demo: $(VENV)/.ready-notebooks
 	@$(BIN)/hific demo
 
 explore: $(VENV)/.ready-notebooks
-	@$(BIN)/hific explore $(if $(PHOTO),"$(PHOTO)")
+	@$(BIN)/hific explore $(if $(PAGE),--page "$(PAGE)") $(if $(PHOTO),"$(PHOTO)")
 
 # All parts run even if an earlier one fails, and pytest, whose closing line sums up, comes last. It runs the rooms too,
 # each once, with its exercises (tests/test_rooms.py).

@@ -345,7 +345,8 @@ def explore_page(name: str = "bitrate_vs_quality") -> Path:
     here = Path(str(importlib.resources.files("hific_nb"))).resolve()
     for folder in (here/"notebooks"/"explore", here.parent/"nbs"/"explore"):
         if (folder/f"{name}.ipynb").is_file(): return folder/f"{name}.ipynb"
-    raise HificError(f"This installation carries no notebook explore/{name}: install the package again.")
+    raise HificError(f"There is no explorer {name!r}: take bitrate_vs_quality or inside_the_codec, and install the package again "
+                     "if it does not carry them.")
 
 
 def _free_port() -> int:
@@ -381,7 +382,7 @@ def _offline_template() -> Path:
 
 
 def explore_command(args) -> int:
-    "`hific explore`: the explorer of bitrate against quality as a page in the browser, until Ctrl-C."
+    "`hific explore`: an explorer as a page in the browser, until Ctrl-C."
     from hific_nb.data import read_image
     from hific_nb.zoo import load_pretrained
 
@@ -394,7 +395,7 @@ def explore_command(args) -> int:
         settings["HIFIC_EXPLORE_PICTURE"] = str(args.input.resolve())
     settings["JUPYTER_PATH"] = os.pathsep.join(filter(None, [str(_offline_template()), os.environ.get("JUPYTER_PATH")]))
     port = args.port or _free_port()
-    command = [sys.executable, "-m", "voila", str(explore_page()), f"--port={port}", "--Voila.ip=127.0.0.1",
+    command = [sys.executable, "-m", "voila", str(explore_page(args.page)), f"--port={port}", "--Voila.ip=127.0.0.1",
                "--Voila.port_retries=0", "--Voila.log_level=ERROR", "--template=hific",
                "--VoilaConfiguration.extension_denylist=['jupyterlab-jupytext']",
                *([] if args.browser else ["--no-browser"])]
@@ -482,9 +483,10 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("input", type=Path, nargs="?", help="a photo; default: one that scikit-image carries")
     sub.add_argument("-o", "--out", type=Path, default=Path("outputs/demo"), help="folder (default: outputs/demo)")
     options(sub, "hific-lite", shipped)
-    sub = command("explore", explore_command, "Bitrate against quality, as a page in the browser.")
+    sub = command("explore", explore_command, "Bitrate against quality, or the inside of the codec, as a page in the browser.")
     sub.add_argument("input", type=Path, nargs="?", help="a photo; default: one that scikit-image carries, others can be uploaded")
     sub.add_argument("--model", default="hific-lite", help=shipped)
+    sub.add_argument("--page", default="bitrate_vs_quality", help="bitrate_vs_quality (the default) or inside_the_codec")
     sub.add_argument("--port", type=_positive, help="of the page's address (default: one that is free)")
     sub.add_argument("--no-browser", dest="browser", action="store_false", help="only print the address")
     sub.add_argument("--max-pixels", type=_positive, default=2**27, help="refuse larger pictures (default 2**27)")
