@@ -48,8 +48,8 @@ MAX_PIXELS = 2 ** 27  # 134 megapixels: the default guard of both directions, be
 TILE_SIDE = 512  # pixels: the tiles of pictures with more than TILED_FROM pixels, unless another side is asked for
 TILED_FROM = 2 ** 22
 MEMORY = 2 ** 30  # bytes that networks and latents may take beside the picture itself, unless another budget is given
-THUMBNAIL = "thmb"  # named stream: the picture at 1/32 of its sides, at most 512 pixels long, a .hfc file of its own
-AREA = 2 ** 22  # latents that are predicted at once, about
+THUMBNAIL = "thmb"  # named stream: the picture at 1/40 of its sides, at most 512 pixels long, a .hfc file of its own
+AREA = 2 ** 21  # latents that are predicted at once, about
 REGIONS = 2 ** 5  # a file that a region is taken from may have that many times max_pixels
 
 
@@ -118,7 +118,7 @@ class Chain:
         return spans[::-1]
 
     def part(self, read: Callable[[Span, Span], Tensor], rows: Span, columns: Span, size: tuple[int, int]) -> Tensor:
-        "The part rows x columns of the output, (1, C, h, w). `read(rows, columns)` gives parts of the input; (height, width) = size."
+        "The part rows x columns of the output, (1, C, h, w). `read(rows, columns)` gives parts of an input of height, width."
         rows, columns = self.needs(rows, size[0]), self.needs(columns, size[1])
         x = read(rows[0], columns[0])
         for i, (layer, (_, down, up)) in enumerate(zip(self.layers, self.reaches)):
@@ -235,7 +235,7 @@ class _Tiff:
         self.size, self.icc = (page.imagewidth, page.imagelength), tags.valueof("InterColorProfile")
         self.step = page.tilelength, page.tilewidth
         if not page.is_tiled: self.step = min(page.rowsperstrip, page.imagelength), page.imagewidth
-        self.crop((0, 0, 1, 1))  # a compression that this tifffile does not know raises ValueError
+        self.crop((0, 0, 1, 1))  # raises for a compression that this tifffile does not know
 
     def crop(self, box: tuple[int, int, int, int]) -> Image.Image:
         "A part as `read_image` gives it: sRGB, RGB or RGBA."
@@ -246,7 +246,9 @@ class _Tiff:
                 k = i * -(-page.imagewidth // across) + j
                 self.file.filehandle.seek(page.dataoffsets[k])
                 coded = self.file.filehandle.read(page.databytecounts[k])
-                found = page.decode(coded, k, jpegtables=page.jpegtables)[0]
+                try: found = page.decode(coded, k, jpegtables=page.jpegtables)[0]
+                except Exception as error:  # decoders of damaged files raise almost anything
+                    raise ImageError(f"{self.file.filename} is truncated or damaged ({error}): get a whole copy of it.") from error
                 pixels = np.zeros((tall, across, len(self.mode)), np.uint8) if found is None else found[0]  # None: an empty tile
                 r, c = (_common(span, at) for span, at in (((top, bottom), (i * tall, i * tall + len(pixels))),
                                                            ((left, right), (j * across, j * across + pixels.shape[1]))))
@@ -487,9 +489,9 @@ class Codec:
 
     @staticmethod
     def _reduced(pixels: _Pixels) -> Image.Image:
-        "The picture with sides divided by 32, or by what leaves 512 pixels; averages, strip by strip."
+        "The picture with sides divided by 40, or by what leaves 512 pixels; averages, strip by strip."
         W, H = pixels.size
-        factor, strips = max(32, -(-max(W, H) // 512)), []
+        factor, strips = max(40, -(-max(W, H) // 512)), []
         for top in range(0, H, factor):
             x = pixels.read((top, min(top + factor, H)), (0, W)).float()  # (3, rows, W)
             x = F.avg_pool2d(x[None], (x.shape[1], factor), ceil_mode=True)[0]
@@ -753,7 +755,7 @@ class Codec:
         For a model with rate levels, one of: quality, 0 ... 100 or "low", "med", "high"; bpp, bits per pixel, which the file comes
         as near to as a level does; max_bytes, which the file is never above. `CodecError` where that cannot be had.
         tile: side of the tiles in pixels, a multiple of 64; 0 for none; None for tiles of 512 above four megapixels.
-        thumbnail: whether the file carries a small picture, 1/32 as wide; None for one in a file with tiles.
+        thumbnail: whether the file carries a small picture, 1/40 as wide; None for one in a file with tiles.
         streams: named streams for the file to carry, such as "exif". With an ICC profile as "iccp" the colours of a PIL image or a
         tensor are stored as they are, in that profile; without one, pictures are converted to sRGB.
         memory: in place of the codec's. A picture that needs more goes through the encoder in pieces.
