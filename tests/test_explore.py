@@ -1,23 +1,14 @@
 """The explorers in a real browser: by Voilà, by JupyterLab, by `hific explore`. Every figure on the page is computed again here."""
 
-import contextlib
 import io
-import os
 import re
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
-from pathlib import Path
 
+import browser
 import numpy as np
 import pytest
 import torch
-from browser import ARGUMENTS, CHROMIUM, collect_errors, needs_browser, wait_for_kernel
+from browser import ROOT, explore, jupyterlab, needs_browser, wait_for_kernel
 from PIL import Image
 
 from hific_nb.baselines import get_baseline
@@ -26,10 +17,8 @@ from hific_nb.data import read_image, sample_photo
 from hific_nb.metrics import ms_ssim, psnr
 from hific_nb.model import load_model
 
-ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "nbs" / "explore" / "bitrate_vs_quality.ipynb"
 MODEL = ROOT / "tests" / "golden" / "levels"  # 9 levels; its pictures are noise, its files and figures real
-SHOTS = ROOT / "outputs" / "explore"
 MISSING = needs_browser("voila", "jupyterlab", "anywidget")
 
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
@@ -48,66 +37,13 @@ def codec():
     return Codec(load_model(MODEL), name="levels", device="cpu")
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-@contextlib.contextmanager
-def server(command, url, folder, **more):
-    """A server of its own settings, up when `url` answers; ended with its kernels."""
-    env = dict(os.environ, JUPYTER_CONFIG_DIR=str(folder / "c"), JUPYTER_RUNTIME_DIR=str(folder / "r"),
-               JUPYTER_DATA_DIR=str(folder / "d"), IPYTHONDIR=str(folder / "i"), JUPYTERLAB_WORKSPACES_DIR=str(folder / "w"),
-               JUPYTERLAB_SETTINGS_DIR=str(folder / "s"), OMP_NUM_THREADS="1", HIFIC_EXPLORE_MODEL=str(MODEL),
-               PYTHONPATH=str(ROOT), **more)
-    log = folder / "server.log"
-    with open(log, "w") as out:
-        process = subprocess.Popen([str(c) for c in command], stdout=out, stderr=subprocess.STDOUT, env=env, cwd=folder,
-                                   start_new_session=True)
-    try:
-        for _ in range(900):
-            try:
-                with contextlib.suppress(urllib.error.HTTPError): urllib.request.urlopen(url, timeout=60).read(100)
-                break  # any answer is one
-            except OSError:
-                if process.poll() is not None: break
-                time.sleep(0.1)
-        assert process.poll() is None, log.read_text()[-3000:]
-        yield log
-    finally:
-        if process.poll() is None: process.send_signal(signal.SIGTERM)
-        try: process.wait(20)
-        except subprocess.TimeoutExpired: process.kill()
-        with contextlib.suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGKILL)
-
-
 @pytest.fixture(scope="module")
 def chromium():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield browser
-        browser.close()
+    with browser.chromium() as opened: yield opened
 
 
-class Page:
-    """An explorer in the browser, and what is said in the console."""
-    def __init__(self, browser, url, viewport=(1100, 1250), **options):
-        self.page = browser.new_page(viewport={"width": viewport[0], "height": viewport[1]}, **options)
-        self.page.set_default_timeout(60_000)
-        self.errors = []
-        collect_errors(self.page, self.errors)
-        self.page.on("console", lambda message: message.type == "error" and self.errors.append(
-            f"{message.text} {message.location.get('url', '')}"))
-        self.outside = []
-        self.page.on("request", lambda r: r.url.startswith(("http:", "https:", "ws:", "wss:")) and "//127.0.0.1:" not in r.url
-                     and self.outside.append(r.url))
-        self.page.goto(url)
-
-    def at(self, name): return self.page.locator(name).first
-
+class Page(browser.Page):
+    """The explorer of bitrate against quality in the browser."""
     def settled(self, **figures):
         "Wait for an answer in full; figures are {row: text of its heading}."
         for row, text in figures.items(): self.at(f"tr.hific-{row} th:has-text({text!r})").wait_for()
@@ -118,33 +54,6 @@ class Page:
         }""")
 
     def figure(self, row, name) -> str: return self.at(f"tr.hific-{row} td.{name}").inner_text()
-
-    def download(self, name) -> tuple[str, bytes]:
-        with self.page.expect_download() as waiting: self.at(f".hific-download-box button:text-is({name!r})").click()
-        return waiting.value.suggested_filename, Path(waiting.value.path()).read_bytes()
-
-    def shown(self, k) -> Image.Image:
-        "The picture that the browser holds in its k-th place."
-        data = self.page.evaluate("""async (k) => {
-            const url = document.querySelectorAll('.hific-split-box img')[k].src;
-            return [...new Uint8Array(await (await fetch(url)).arrayBuffer())];
-        }""", k)
-        return Image.open(io.BytesIO(bytes(data))).convert("RGB")
-
-    def seen(self) -> np.ndarray:
-        "What is on the screen in the box."
-        self.at(".hific-split-box").scroll_into_view_if_needed()
-        place = {side: round(value) for side, value in self.at(".hific-split-box").bounding_box().items()}
-        return np.asarray(Image.open(io.BytesIO(self.page.screenshot(clip=place))).convert("RGB")).astype(int)
-
-    def shot(self, name):
-        SHOTS.mkdir(parents=True, exist_ok=True)
-        self.page.screenshot(path=SHOTS / f"{name}.png")
-
-    def check(self):
-        assert not self.errors, self.errors
-        assert not self.outside, self.outside
-        self.page.close()
 
 
 def check_figures(page, codec, original, baseline="avif"):
@@ -170,15 +79,16 @@ def check_figures(page, codec, original, baseline="avif"):
 
 
 BOX = "document.querySelector('.hific-split-box')"
+ASKED = f"""() => {{  // a key on the slider, and the sign: before, and after, in one breath
+    const before = {BOX}.getAttribute('aria-busy'), key = {{ key: 'ArrowRight', bubbles: true, cancelable: true }};
+    document.querySelector('.hific-level .noUi-handle').dispatchEvent(new KeyboardEvent('keydown', key));
+    return [before, {BOX}.getAttribute('aria-busy')];
+}}"""
 
 
 def test_page_by_voila(chromium, codec, photo, tmp_path):
     """`hific explore`: the whole page, its slider, keys, uploads and downloads."""
-    port = free_port()
-    url = f"http://127.0.0.1:{port}/"
-    command = [sys.executable, "-c", "from hific_nb.cli import main; import sys; sys.exit(main())", "explore", photo, "--model",
-               MODEL, "--port", port, "--no-browser"]
-    with server(command, url + "voila/static/", tmp_path) as log:
+    with explore(tmp_path, photo, "--model", MODEL) as (url, log):
         page = Page(chromium, url, accept_downloads=True)
         page.settled(ours="level 4")
         assert url in log.read_text()
@@ -186,6 +96,14 @@ def test_page_by_voila(chromium, codec, photo, tmp_path):
         first = check_figures(page, codec, original)
         assert first == codec.compress(original, quality=50)
         page.shot("voila-first")
+
+        # the sign is there before Python can have heard of the question
+        assert page.page.evaluate(ASKED) == ["false", "true"]
+        page.settled(ours="level 5")
+        assert page.page.evaluate(f"{BOX}.querySelector('.busy').style.display") == "none"
+        page.at(".hific-level .noUi-handle").focus()
+        page.page.keyboard.press("ArrowLeft")
+        page.settled(ours="level 4")
 
         # the slider changes picture and figures
         page.at(".hific-level .noUi-handle").focus()
@@ -269,12 +187,7 @@ def test_page_by_jupyterlab(chromium, codec, photo, tmp_path):
     root = tmp_path / "root"
     root.mkdir()
     shutil.copy(NOTEBOOK, root / "explore.ipynb")
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
-               "--IdentityProvider.token=", f"--ServerApp.root_dir={root}", "--expose-app-in-browser", "--ServerApp.port_retries=0",
-               "--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate"]
-    with server(command, url + "/api", tmp_path, HIFIC_EXPLORE_PICTURE=str(photo)):
+    with jupyterlab(root, tmp_path, HIFIC_EXPLORE_MODEL=str(MODEL), HIFIC_EXPLORE_PICTURE=str(photo)) as url:
         page = Page(chromium, url + "/lab/workspaces/t/tree/explore.ipynb?reset", accept_downloads=True, has_touch=True)
         wait_for_kernel(page.page)
         page.page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
@@ -295,6 +208,15 @@ def test_page_by_jupyterlab(chromium, codec, photo, tmp_path):
         page.settled(ours="level 0")
         assert check_figures(page, codec, original) == codec.compress(original, quality=0)
         page.shot("jupyterlab")
+        notes, mine = tmp_path / "notes.jpg", tmp_path / "mine.png"
+        notes.write_text("no picture at all")
+        page.page.locator(".hific-upload-box input").set_input_files(notes)
+        page.at(".hific-said [role=alert]:has-text('notes.jpg')").wait_for()
+        original.crop((20, 0, 200, 170)).save(mine)
+        page.page.locator(".hific-upload-box input").set_input_files(mine)
+        page.page.wait_for_function("document.querySelector('.hific-said').textContent.includes('180 x 170')")
+        page.settled()
+        check_figures(page, codec, read_image(mine))
         page.check()
 
 
