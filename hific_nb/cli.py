@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .config import HificError, check_names, find_job, job_parameters, write_atomic
+from .config import HificError, check_names, find_job, job_parameters, open_file, write_atomic
 
 # %% ../nbs/20_cli.ipynb #be15537e
 def output_paths(inputs: Sequence[Path], root: Path, out: Path | None, suffix: str) -> list[Path]:
@@ -76,7 +76,8 @@ def for_each_file(inputs: Sequence[Path], outputs: Sequence[Path], work: Callabl
 def _codec(args):
     from hific_nb.codec import Codec
 
-    return Codec.from_pretrained(args.model, device=args.device, max_pixels=args.max_pixels)
+    memory = {"memory": args.memory} if getattr(args, "memory", None) else {}
+    return Codec.from_pretrained(args.model, device=args.device, max_pixels=args.max_pixels, **memory)
 
 
 def _png(image) -> bytes:
@@ -89,7 +90,8 @@ def _png(image) -> bytes:
 
 def compress_command(args) -> int:
     "`hific compress`: pictures to `.hfc` files, or with --reconstruct to PNGs of what they would decode to."
-    from hific_nb.data import find_images, read_image
+    from hific_nb.codec import file_info
+    from hific_nb.data import find_images
     from hific_nb.hfc import write_hfc
 
     inputs = _inputs(args.input, find_images)
@@ -97,13 +99,12 @@ def compress_command(args) -> int:
     rate = {name: value for name in ("quality", "bpp", "max_bytes") if (value := getattr(args, name)) is not None}
 
     def compress(source: Path, target: Path) -> str:
-        image = read_image(source, args.max_pixels)
         if args.reconstruct:
-            write_atomic(target, _png(codec.reconstruct(image, **rate)))
+            write_atomic(target, _png(codec.reconstruct(source, **rate)))
             return f"{source} -> {target}"
-        data = codec.compress(image, tile=args.tile, **rate)
+        data = codec.compress(source, tile=args.tile, thumbnail=None if args.thumbnail else False, **rate)
         write_hfc(target, data)
-        return (f"{source} -> {target}  {len(data):,} bytes, {8 * len(data) / (image.width * image.height):.3f} bpp, "
+        return (f"{source} -> {target}  {len(data):,} bytes, {file_info(data)['bpp']:.3f} bpp, "
                 f"{100 * len(data) / source.stat().st_size:.1f} % of the original")
 
     suffix = ".reconstruction.png" if args.reconstruct else ".hfc"
@@ -111,9 +112,9 @@ def compress_command(args) -> int:
 
 
 def decompress_command(args) -> int:
-    "`hific decompress`: `.hfc` files to PNGs; without --model, each file's own model is loaded."
-    from hific_nb.codec import Codec, file_info
-    from hific_nb.hfc import ModelMismatchError
+    "`hific decompress`: `.hfc` files, or a part of each, to PNGs; without --model, each file's own model is loaded."
+    from hific_nb.hfc import HfcError, HfcReader, ModelMismatchError
+    from hific_nb.zoo import name_of_fingerprint
 
     inputs = _inputs(args.input, _hfc_files)
     codecs = {}
@@ -121,21 +122,23 @@ def decompress_command(args) -> int:
     def codec_for(source: Path):
         name = args.model
         if name is None:
-            info = file_info(source)
-            name = info["model"]
+            try:
+                with open_file(source) as stream: fingerprint = HfcReader(stream).file.fingerprint
+            except OSError as error: raise HfcError(f"Cannot read {source}: {error.strerror or error}.") from error
+            name = name_of_fingerprint(fingerprint)
             if name is None: raise ModelMismatchError(
-                f"The file needs a model with fingerprint {info['fingerprint']}, which is not shipped with this release: "
+                f"The file needs a model with fingerprint {fingerprint.hex()}, which is not shipped with this release: "
                 "give its folder with --model.")
-        if name not in codecs:
-            codecs[name] = Codec.from_pretrained(name, device=args.device, max_pixels=args.max_pixels)
+        if name not in codecs: codecs[name] = _codec(argparse.Namespace(**vars(args) | {"model": name}))
         return codecs[name]
 
     def decompress(source: Path, target: Path) -> str:
-        image = codec_for(source).decompress(source)
+        image = codec_for(source).decompress(source, args.box, thumbnail=args.thumbnail)
         write_atomic(target, _png(image))
         return f"{source} -> {target}  {image.width} x {image.height}"
 
-    return for_each_file(inputs, output_paths(inputs, args.input, args.out, ".png"), decompress, args.force)
+    suffix = ".thumbnail.png" if args.thumbnail else ".box.png" if args.box else ".png"
+    return for_each_file(inputs, output_paths(inputs, args.input, args.out, suffix), decompress, args.force)
 
 
 def info_command(args) -> int:
@@ -429,6 +432,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("-o", "--out", type=Path, help="file or folder for the results; default: beside the inputs")
         sub.add_argument("--force", action="store_true", help="overwrite results that exist")
 
+    memory = "what networks and latents may take beside the picture, such as 2GB: a larger one goes in pieces (default 1GiB)"
     shipped = "a model's name (see hific models), a model folder, or owner/name on the Hugging Face Hub; default: hific-lite"
     sub = command("compress", compress_command, "Compress a picture, or every picture in a folder, to .hfc files.")
     files(sub, "a picture or a folder of pictures")
@@ -439,9 +443,15 @@ def build_parser() -> argparse.ArgumentParser:
     wanted.add_argument("--bpp", type=float, help="bits per pixel to come as near to as the model can")
     wanted.add_argument("--max-bytes", type=_positive, help="bytes that a file may have at most")
     sub.add_argument("--tile", type=int, help="side in pixels of parts that can be decoded alone, a multiple of 64; 0: none")
+    sub.add_argument("--no-thumbnail", dest="thumbnail", action="store_false", help="leave the thumbnail of a large picture out")
+    sub.add_argument("--memory", help=memory)
     options(sub, "hific-lite", shipped)
     sub = command("decompress", decompress_command, "Decompress a .hfc file, or every one in a folder, to PNG.")
     files(sub, "a .hfc file or a folder of them")
+    part = sub.add_mutually_exclusive_group()
+    part.add_argument("--box", type=_box, metavar="X0,Y0,X1,Y1", help="only this part; of a large file, little else is read")
+    part.add_argument("--thumbnail", action="store_true", help="a small picture of the whole")
+    sub.add_argument("--memory", help=memory)
     options(sub, None, "a model's name or folder; default: the model that each file names")
     sub = command("info", info_command, "Say what is in a .hfc file, or in every one in a folder.")
     sub.add_argument("input", type=Path, help="a .hfc file or a folder of them")
@@ -497,6 +507,11 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1: raise ValueError
     return value
+
+
+def _box(text: str) -> tuple[int, ...]:
+    if re.fullmatch(r"\d+(,\d+){3}", text): return tuple(map(int, text.split(",")))
+    raise argparse.ArgumentTypeError(f"a box is four numbers of pixels, left,top,right,bottom, not {text!r}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -471,6 +471,27 @@ def test_what_the_index_costs(lite):
     assert len(data) - info["streams"]["thmb"] - len(lite.compress(wall, tile=0)) < 0.01 * len(data)
 
 
+def test_the_command_line(lite, tmp_path, capsys):
+    from hific_nb.cli import main
+
+    photo, data = tmp_path / "a.png", tmp_path / "a.hfc"
+    sample_photo("coffee").save(photo)
+    assert main(["compress", str(photo), "--tile", "128", "--memory", "16MiB"]) == 0
+    assert "thmb" in file_info(data)["streams"]
+    assert main(["decompress", str(data), "--box", "100,50,333,250", "--memory", "2GB"]) == 0
+    assert main(["decompress", str(data), "--thumbnail"]) == 0
+    box, small = (Image.open(tmp_path / f"a.{kind}.png") for kind in ("box", "thumbnail"))
+    assert np.array_equal(pixels(box), pixels(lite.decompress(data, (100, 50, 333, 250)))) and small.size == (15, 10)
+    assert main(["compress", str(photo), "--tile", "128", "--no-thumbnail", "--force"]) == 0
+    assert file_info(data)["streams"] == {}
+    capsys.readouterr()
+    assert main(["decompress", str(data), "--box", "0,0,9999,1", "--force"]) == 1 and "600 x 400" in capsys.readouterr().err
+    assert main(["compress", str(photo), "--memory", "plenty", "--force"]) == 1 and "memory must be" in capsys.readouterr().err
+    for wrong in ("1,2,3", "a,b,c,d", "1 2 3 4"):
+        with pytest.raises(SystemExit): main(["decompress", str(data), "--box", wrong])
+        assert "left,top,right,bottom" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------------------------------ memory
 
 
