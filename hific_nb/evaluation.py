@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from . import __version__
 from .baselines import BASELINES, Baseline, get_baseline
 from .codec import MAX_PIXELS, Codec
-from .config import HificError, write_atomic
+from .config import HificError, is_url, local_or_url, read_file, write_atomic
 from .data import find_images, image_to_tensor, read_image, split_alpha
 from .metrics import InceptionFeatures, bpp, frechet_distance, kernel_distance, ms_ssim, patches, psnr
 from .perceptual import FeatureStack, LPIPS, PerceptualError, find_weights
@@ -620,15 +620,27 @@ def _write_csv(path: Path, rows: Sequence[dict]) -> None:
     write_atomic(path, text.getvalue().encode())
 
 # %% ../nbs/16_evaluation.ipynb #969529dd
-def _names(photos: Sequence[Path], root: Path) -> list[str]:
+def _names(photos: Sequence[Path | str], root: Path | str) -> list[str]:
     "A name for each photo that is a file name, and unique."
     names, used = [], set()
     for photo in photos:
-        full = _slug(photo.relative_to(root).as_posix().replace("/", "_"))
+        inside = photo[len(root) + 1:] if is_url(photo) else photo.relative_to(root).as_posix()
+        full = _slug(inside.replace("/", "_"))
         name = next(n for n in (full, *(f"{full}_{k}" for k in range(2, len(photos) + 2))) if n not in used)
         used.add(name)
         names.append(name)
     return names
+
+
+def _root(photos, places: Sequence[Path | str]) -> Path | str:
+    "The folder that the names of photos are relative to: the one that was named, else the one that all are in."
+    if isinstance(photos, (str, os.PathLike)):
+        folder = local_or_url(photos)
+        if is_url(folder) and folder not in places: return folder.rstrip("/")
+        if not is_url(folder) and folder.is_dir(): return folder.absolute()
+    if len({is_url(p) for p in places}) > 1: raise EvaluationError("Give paths or addresses of photos, not both in one list.")
+    if is_url(places[0]): return os.path.commonprefix([p.rsplit("/", 1)[0] + "/" for p in places]).rsplit("/", 1)[0]
+    return Path(os.path.commonpath([p.parent for p in places]))
 
 
 def _npy(features: np.ndarray) -> bytes:
@@ -643,12 +655,12 @@ def evaluate(photos, codecs, out: str | os.PathLike, *, qualities: dict[str, Seq
              progress: Callable[[int, int, str], None] | None = None) -> Evaluation:
     """Every photo through every codec at every quality, from real files; continues what lies in `out`.
 
-    photos: a folder, a file, or a list of files. codecs, qualities: see `find_contenders`. metrics: names of `METRICS`; None
-    takes those whose weights are here. features: for distances between sets, "vgg16", the path of Inception's weights, a module
-    with `name` and `channels` from uint8 patches (B, 3, 256, 256) to (B, channels), or None for none. limit: only so many
-    photos, spread over the folder. anchor: label of the codec that the others are compared with; None takes jpeg, else the
-    first with four points or more. workers: photos at a time, in threads that share torch's. device: of models and metrics, None
-    as `Codec` takes it. progress(done, total, name of the photo).
+    photos: a folder, a file, or a list of files, or addresses of such. codecs, qualities: see `find_contenders`. metrics:
+    names of `METRICS`; None takes those whose weights are here. features: for distances between sets, "vgg16", the path of
+    Inception's weights, a module with `name` and `channels` from uint8 patches (B, 3, 256, 256) to (B, channels), or None for
+    none. limit: only so many photos, spread over the folder. anchor: label of the codec that the others are compared with;
+    None takes jpeg, else the first with four points or more. workers: photos at a time, in threads that share torch's.
+    device: of models and metrics, None as `Codec` takes it. progress(done, total, name of the photo).
 
     In `out`: files/PHOTO/CODEC@QUALITY.*, the compressed files; records.jsonl. Photos that cannot be read and codecs that fail are
     listed in `failed`. Transparency is not evaluated: codecs get the colours. Call `save()` on the result for tables and plots.
@@ -662,11 +674,10 @@ def evaluate(photos, codecs, out: str | os.PathLike, *, qualities: dict[str, Seq
     usual = [label for label, n in points.items() if n >= 4 or label == "jpeg" and n > 1]
     anchor = anchor or ("jpeg" if "jpeg" in usual else next(iter(usual), None))
     measures, left_out = find_metrics(metrics)
-    paths = find_images(photos) if isinstance(photos, (str, os.PathLike)) else [Path(p) for p in photos]
+    paths = find_images(photos) if isinstance(photos, (str, os.PathLike)) else [local_or_url(p) for p in photos]
     if not paths: raise EvaluationError("There are no photos to evaluate on.")
-    whole = isinstance(photos, (str, os.PathLike)) and Path(photos).is_dir()
-    places = [p.absolute() for p in paths]
-    names = _names(places, Path(photos).absolute() if whole else Path(os.path.commonpath([p.parent for p in places])))
+    places = [p if is_url(p) else p.absolute() for p in paths]
+    names = _names(places, _root(photos, places))
     if limit is not None and limit < len(paths):
         chosen = [i * len(paths) // limit for i in range(limit)]
         paths, names = [paths[i] for i in chosen], [names[i] for i in chosen]
@@ -681,7 +692,7 @@ def evaluate(photos, codecs, out: str | os.PathLike, *, qualities: dict[str, Seq
 
     def one(path: Path, name: str) -> None:
         image = None
-        try: digest = _sha256(path.read_bytes())
+        try: digest = _sha256(read_file(path))
         except OSError as error:
             failed.append(dict(photo=name, codec=None, quality=None, error=f"{path} cannot be read ({error.strerror})."))
             return

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MODELS_FOLDER', 'ALIASES', 'MODEL_FILES', 'PUBLISHED', 'UnknownModelError', 'ModelInfo', 'list_models', 'HubError',
-           'download_model', 'find_model', 'model_folder', 'model_info', 'load_pretrained', 'name_of_fingerprint',
-           'model_readme', 'save_pretrained', 'PublishedCheckpoint', 'CheckpointError', 'ImportedModel',
-           'import_published']
+           'download_model', 'fetch_model', 'find_model', 'model_folder', 'model_info', 'load_pretrained',
+           'name_of_fingerprint', 'model_readme', 'save_pretrained', 'PublishedCheckpoint', 'CheckpointError',
+           'ImportedModel', 'import_published']
 
 # %% ../nbs/12_zoo.ipynb #29993f25
 import hashlib
@@ -27,7 +27,8 @@ from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from .config import REGIMES, ConfigError, HificError, ModelConfig, _require, write_atomic
+from .config import (REGIMES, ConfigError, HificError, ModelConfig, _require, file_size, is_url, join_path, local_or_url,
+                             path_name, read_file, write_atomic)
 from .gan import Discriminator, import_discriminator
 from .model import Coding, Model, ModelError, load_model, model_fingerprint, save_model
 
@@ -169,15 +170,45 @@ def download_model(hub_id: str) -> Path:
         why = f"{hub_id} could not be fetched ({_first_line(error)})"
     raise HubError(f"{why[0].upper()}{why[1:]}: check the name and the network.")
 
+# %% ../nbs/12_zoo.ipynb #4c68ffaf
+def fetch_model(url: str) -> Path:
+    """The folder of a model behind an address such as s3://bucket/model, in the user's cache.
+
+    Raises `UnknownModelError` where the address has no whole model.
+    """
+    wanted = [name for name in MODEL_FILES if name != "weights.safetensors"]
+    files, digest = {}, hashlib.sha256()
+    try:
+        for name in wanted:
+            try: files[name] = read_file(join_path(url, name))
+            except FileNotFoundError:
+                if name not in ("card.json", "README.md"): raise
+            digest.update(files.get(name, b""))
+        weights = join_path(url, "weights.safetensors")
+        digest.update(str(file_size(weights)).encode())
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache", "hific_nb", "models")
+        folder = cache/digest.hexdigest()[:16]
+        if (folder/"weights.safetensors").is_file(): return folder
+        files["weights.safetensors"] = read_file(weights)  # the last one: where it is, all are
+    except OSError as error:
+        raise UnknownModelError(f"{url} has no whole model ({error.strerror}): a model folder holds config.json, "
+                                "weights.safetensors and tables.safetensors.") from error
+    try: folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error: raise HificError(f"Cannot make the folder {folder}: {error.strerror}.") from error
+    for name, data in files.items(): write_atomic(folder/name, data)
+    return folder
+
 # %% ../nbs/12_zoo.ipynb #521ff84a
 def find_model(name: str | os.PathLike) -> tuple[Path, str]:
     """The folder of a shipped model's name or alias, of a path, or of a Hub address (see `download_model`), and what to call it.
 
-    A `Path` is never looked for on the Hub. Raises `UnknownModelError`.
+    An address of another kind, such as s3://bucket/model, is fetched (`fetch_model`). A `Path` is never looked for on the
+    Hub. Raises `UnknownModelError`.
     """
     shipped = MODELS_FOLDER/ALIASES.get(str(name), str(name))
     if shipped.parent == MODELS_FOLDER and (shipped/"config.json").is_file(): return shipped, shipped.name
-    if Path(name).is_dir(): return Path(name), Path(name).name
+    if is_url(name): return fetch_model(name), path_name(name)
+    if (folder := local_or_url(name)).is_dir(): return folder, folder.name
     if isinstance(name, str) and _HUB_ID.fullmatch(name) and not Path(name.split("/")[0]).is_dir():
         return download_model(name), name
     known = ", ".join(sorted({m.name for m in list_models()} | set(ALIASES)))
