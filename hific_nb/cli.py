@@ -21,33 +21,59 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .config import HificError, check_names, find_job, job_parameters, open_file, write_atomic
+from .config import (HificError, check_names, file_size, find_job, is_url, job_parameters, join_path,
+                             local_or_url, open_file, path_name, write_atomic)
 
 # %% ../nbs/20_cli.ipynb #be15537e
-def output_paths(inputs: Sequence[Path], root: Path, out: Path | None, suffix: str) -> list[Path]:
-    """Where the result of each input goes: beside it, or at the same place below the folder `out`.
+def output_paths(inputs: Sequence[Path | str], root: Path | str, out: Path | str | None, suffix: str) -> list[Path | str]:
+    """Where the result of each input goes: beside it, or at the same place below the folder `out`. All may be addresses.
 
     The name is the input's with its ending replaced by `suffix`; where two inputs (a.jpg, a.png) would meet, both keep
     their own ending before it. For a single input file, `out` with an ending of its own is the result itself.
     """
-    if out is not None and root.is_file() and out.suffix and not out.is_dir(): return [out]
-    places = [(p.parent if out is None else out/p.parent.relative_to(root if root.is_dir() else p.parent)) for p in inputs]
-    names = Counter((place, p.stem) for place, p in zip(places, inputs))
-    return [place/((p.stem if names[place, p.stem] == 1 else p.name) + suffix) for place, p in zip(places, inputs)]
+    if out is not None and list(inputs) == [root] and _is_file_name(out): return [out]
+    def folder(path): return path.rsplit("/", 1)[0] if is_url(path) else path.parent
+    def inside(path):  # the folders between it and the root
+        if is_url(path): return path[len(root.rstrip("/")) + 1:].split("/")[:-1] if path != root else []
+        return path.parent.relative_to(root if root.is_dir() else path.parent).parts
+    places = [folder(p) if out is None else join_path(out, *inside(p)) for p in inputs]
+    stems = [Path(path_name(p)).stem for p in inputs]
+    names = Counter(zip(places, stems))
+    return [join_path(place, (stem if names[place, stem] == 1 else path_name(p)) + suffix)
+            for place, stem, p in zip(places, stems, inputs)]
 
 
-def _inputs(root: Path, find: Callable[[Path], list[Path]]) -> list[Path]:
+def _is_file_name(out: Path | str) -> bool:
+    if is_url(out): return bool(Path(path_name(out)).suffix) and not out.endswith("/")
+    return bool(out.suffix) and not out.is_dir()
+
+
+def _inputs(root: Path | str, find: Callable[[Path | str], list]) -> list[Path | str]:
+    if is_url(root): return find(root)
     if not root.exists(): raise HificError(f"{root} does not exist: check the path.")
     return find(root) if root.is_dir() else [root]
 
 
-def _hfc_files(folder: Path) -> list[Path]:
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() == ".hfc" and p.is_file())
-    if not found: raise HificError(f"{folder} holds no .hfc files.")
-    return found
+def _hfc_files(folder: Path | str) -> list[Path | str]:
+    from hific_nb.data import find_images
+
+    return find_images(folder, {".hfc"})
 
 
-def for_each_file(inputs: Sequence[Path], outputs: Sequence[Path], work: Callable[[Path, Path], str], force: bool) -> int:
+def _make_room(target: Path | str, force: bool) -> None:
+    "Raises `HificError` for a target that exists, unless `force`; makes its folder, where it is a local one."
+    try: exists = file_size(target) >= 0 if is_url(target) else target.exists()
+    except FileNotFoundError: exists = False
+    except OSError as error: raise HificError(f"{target} cannot be looked at: {error.strerror}.") from error
+    if exists and not force:
+        raise HificError(f"{target} exists: give --force to overwrite it, or --out to write elsewhere.")
+    if is_url(target): return
+    try: target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error: raise HificError(f"Cannot make the folder {target.parent}: {error.strerror}.") from error
+
+
+def for_each_file(inputs: Sequence[Path | str], outputs: Sequence[Path | str], work: Callable[[Path | str, Path | str], str],
+                  force: bool) -> int:
     """Run `work(input, output) -> line to print` on every pair, past failures; the number of inputs that failed.
 
     An output that exists is a failure unless `force`; each failure is one line on stderr.
@@ -58,10 +84,7 @@ def for_each_file(inputs: Sequence[Path], outputs: Sequence[Path], work: Callabl
     with tqdm(total=len(inputs), disable=len(inputs) < 2 or not sys.stderr.isatty(), unit="file") as bar:
         for source, target in zip(inputs, outputs):
             try:
-                if target.exists() and not force:
-                    raise HificError(f"{target} exists: give --force to overwrite it, or --out to write elsewhere.")
-                try: target.parent.mkdir(parents=True, exist_ok=True)
-                except OSError as error: raise HificError(f"Cannot make the folder {target.parent}: {error.strerror}.") from error
+                _make_room(target, force)
                 line = work(source, target)
                 bar.write(line, file=sys.stdout)
             except HificError as error:
@@ -98,14 +121,14 @@ def compress_command(args) -> int:
     codec = _codec(args)
     rate = {name: value for name in ("quality", "bpp", "max_bytes") if (value := getattr(args, name)) is not None}
 
-    def compress(source: Path, target: Path) -> str:
+    def compress(source: Path | str, target: Path | str) -> str:
         if args.reconstruct:
             write_atomic(target, _png(codec.reconstruct(source, **rate)))
             return f"{source} -> {target}"
         data = codec.compress(source, tile=args.tile, thumbnail=None if args.thumbnail else False, **rate)
         write_hfc(target, data)
         return (f"{source} -> {target}  {len(data):,} bytes, {file_info(data)['bpp']:.3f} bpp, "
-                f"{100 * len(data) / source.stat().st_size:.1f} % of the original")
+                f"{100 * len(data) / file_size(source):.1f} % of the original")
 
     suffix = ".reconstruction.png" if args.reconstruct else ".hfc"
     return for_each_file(inputs, output_paths(inputs, args.input, args.out, suffix), compress, args.force)
@@ -119,7 +142,7 @@ def decompress_command(args) -> int:
     inputs = _inputs(args.input, _hfc_files)
     codecs = {}
 
-    def codec_for(source: Path):
+    def codec_for(source: Path | str):
         name = args.model
         if name is None:
             try:
@@ -132,7 +155,7 @@ def decompress_command(args) -> int:
         if name not in codecs: codecs[name] = _codec(argparse.Namespace(**vars(args) | {"model": name}))
         return codecs[name]
 
-    def decompress(source: Path, target: Path) -> str:
+    def decompress(source: Path | str, target: Path | str) -> str:
         image = codec_for(source).decompress(source, args.box, thumbnail=args.thumbnail)
         write_atomic(target, _png(image))
         return f"{source} -> {target}  {image.width} x {image.height}"
@@ -428,14 +451,14 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--max-pixels", type=_positive, default=2**27, help="refuse larger pictures (default 2**27)")
 
     def files(sub, what):
-        sub.add_argument("input", type=Path, help=what)
-        sub.add_argument("-o", "--out", type=Path, help="file or folder for the results; default: beside the inputs")
+        sub.add_argument("input", type=_place, help=what)
+        sub.add_argument("-o", "--out", type=_place, help="file or folder for the results; default: beside the inputs")
         sub.add_argument("--force", action="store_true", help="overwrite results that exist")
 
     memory = "what networks and latents may take beside the picture, such as 2GB: a larger one goes in pieces (default 1GiB)"
     shipped = "a model's name (see hific models), a model folder, or owner/name on the Hugging Face Hub; default: hific-lite"
     sub = command("compress", compress_command, "Compress a picture, or every picture in a folder, to .hfc files.")
-    files(sub, "a picture or a folder of pictures")
+    files(sub, "a picture or a folder of pictures, or the address of such (s3://..., https://...)")
     sub.add_argument("--reconstruct", action="store_true", help="write PNGs of the reconstructions, without entropy coding")
     wanted = sub.add_mutually_exclusive_group()
     wanted.add_argument("--quality", type=_literal,
@@ -447,14 +470,14 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--memory", help=memory)
     options(sub, "hific-lite", shipped)
     sub = command("decompress", decompress_command, "Decompress a .hfc file, or every one in a folder, to PNG.")
-    files(sub, "a .hfc file or a folder of them")
+    files(sub, "a .hfc file or a folder of them, or the address of such")
     part = sub.add_mutually_exclusive_group()
     part.add_argument("--box", type=_box, metavar="X0,Y0,X1,Y1", help="only this part; of a large file, little else is read")
     part.add_argument("--thumbnail", action="store_true", help="a small picture of the whole")
     sub.add_argument("--memory", help=memory)
     options(sub, None, "a model's name or folder; default: the model that each file names")
     sub = command("info", info_command, "Say what is in a .hfc file, or in every one in a folder.")
-    sub.add_argument("input", type=Path, help="a .hfc file or a folder of them")
+    sub.add_argument("input", type=_place, help="a .hfc file or a folder of them, or the address of such")
     sub.add_argument("--json", action="store_true", help="a JSON object a line")
     sub = command("models", models_command, "List the models that are shipped.")
     sub.add_argument("--json", action="store_true", help="as JSON")
@@ -473,7 +496,7 @@ def build_parser() -> argparse.ArgumentParser:
             sub.add_argument(f"--{p.replace('_', '-')}", dest=p, type=str if isinstance(default, str) else _literal,
                              default=argparse.SUPPRESS, metavar="VALUE", help=note)
     sub = command("evaluate", evaluate_command, "Compare models and baselines on a folder of photos, from real files.")
-    sub.add_argument("input", type=Path, help="a folder of photos, or one photo")
+    sub.add_argument("input", type=_place, help="a folder of photos, or one photo, or the address of such")
     sub.add_argument("-o", "--out", type=Path, default=Path("outputs/evaluate"),
                      help="folder for the results (default: outputs/evaluate); the same folder goes on where it was")
     sub.add_argument("--models", default="hific-lite", help="names or model folders, separated by commas (default: hific-lite)")
@@ -501,6 +524,11 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--no-browser", dest="browser", action="store_false", help="only print the address")
     sub.add_argument("--max-pixels", type=_positive, default=2**27, help="refuse larger pictures (default 2**27)")
     return parser
+
+
+def _place(text: str) -> Path | str:
+    try: return local_or_url(text)
+    except HificError as error: raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _positive(text: str) -> int:
