@@ -401,7 +401,7 @@ def test_the_job(photos, tmp_path):
     for p in find_images(photos)[:2]: (folder / p.name).write_bytes(p.read_bytes())
     (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     run = tmp_path / "run"
-    settings = dict(input=folder, models="hific-lite", baselines="jpeg, webp", qualities="jpeg=5,15,40,80; webp=10,70",
+    settings = dict(input=folder, models="hific-lite-v0", baselines="jpeg, webp", qualities="jpeg=5,15,40,80; webp=10,70",
                     metrics="psnr, ms_ssim", workers=2)
     done, cells = run_job(run, settings, tmp_path)
     assert done.returncode == 0, done.stderr
