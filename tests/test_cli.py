@@ -40,7 +40,7 @@ def test_a_folder_in_another_process(photos, tmp_path):
     errors = [line for line in done.stderr.splitlines() if "broken.jpg" in line]
     assert len(errors) == 1 and "Traceback" not in done.stderr and "1 of 4 files failed" in done.stderr
     files = sorted(p.relative_to(tmp_path / "small").as_posix() for p in (tmp_path / "small").rglob("*") if p.is_file())
-    assert files == ["a.jpg.hfc", "a.png.hfc", "deep/er/B.hfc"]
+    assert files == ["a.jpg.hfc", "a.png.hfc", "deep/er/B.hfc", "manifest.csv"]
     done = hific("decompress", tmp_path / "small", "--out", tmp_path / "back", cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == ""
     with Image.open(tmp_path / "back" / "deep" / "er" / "B.png") as image: assert image.size == (90, 60)
@@ -60,7 +60,7 @@ def test_bad_files_leave_nothing_behind(photos, tmp_path, capsys):
     assert main(["decompress", str(bad)]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert all(f"{name}.hfc" in line for name, line in zip(("cut", "flip", "text"), lines)) and len(lines) == 4
-    assert sorted(p.name for p in bad.iterdir()) == ["cut.hfc", "flip.hfc", "text.hfc"]
+    assert sorted(p.name for p in bad.iterdir()) == ["cut.hfc", "flip.hfc", "manifest.csv", "text.hfc"]
     assert main(["info", str(bad)]) == 1
 
 
