@@ -576,6 +576,7 @@ function render({ model, el }) {
       model.send({ id, name: file.name, size: file.size }, undefined, [part]);
       text.textContent = `${file.name}: ${Math.round(100 * Math.min(1, (at + piece) / (file.size || 1)))} % sent`;
     }
+    setTimeout(draw, 1500);
   }
   input.addEventListener("change", () => { send(input.files[0]); input.value = ""; });
   box.addEventListener("dragover", (event) => event.preventDefault());
@@ -2040,11 +2041,11 @@ def _density_svg(inside: PictureInside, place: tuple[int, int, int]) -> str:
         tall = (height - 50) * value / top
         parts.append(f'<rect x="{at(s) - unit * 0.46:.1f}" y="{height - 30 - tall:.1f}" width="{unit * 0.92:.1f}" '
                      f'height="{max(tall, 0.5):.1f}" fill="{"#d1495b" if s == symbol else "#8889"}"/>')
-        if unit > 22 or s % 5 == 0 or s == symbol:
+        if unit > 22 or s == symbol or s % 5 == 0 and abs(s - symbol) * unit > 16:
             parts.append(f'<text x="{at(s):.1f}" y="{height - 16}" text-anchor="middle">{s}</text>')
     x = at(np.clip(y - mean, -reach - 0.5, reach + 0.5))
     parts.append(f'<line x1="{x:.1f}" y1="14" x2="{x:.1f}" y2="{height - 30}" stroke="currentColor" stroke-dasharray="3 3"/>'
-                 f'<text x="{min(max(x, 30), width - 30):.1f}" y="10" text-anchor="middle">y − μ = {y - mean:.2f}</text>'
+                 f'<text x="{min(max(x, 45), width - 45):.1f}" y="10" text-anchor="middle">y − μ = {y - mean:.2f}</text>'
                  f'<text x="{width / 2}" y="{height - 2}" text-anchor="middle">symbol</text>')
     return _svg(width, height, "probabilities of symbols", parts)
 
@@ -2098,7 +2099,9 @@ def _inside_class():
         label = w.HTML(f'<span class="hific-words">{html.escape(words)}</span>')
         return w.HBox([label, widget], layout=w.Layout(align_items="center", flex_flow="row wrap"))
 
-    def buttons(options, name): return classed(w.ToggleButtons(options=options, style={"button_width": "auto"}), name)
+    def buttons(options, name):
+        layout = w.Layout(width="max-content", max_width="100%")
+        return classed(w.ToggleButtons(options=options, style={"button_width": "auto"}, layout=layout), name)
 
     class InsideExplorer(w.VBox):
         """See `inside_explorer`. State that code can set: picture and level; box, the one that is open; channel, place (row and
