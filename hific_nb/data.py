@@ -592,10 +592,10 @@ class PhotoCrops(_Crops):
     """Random training crops of photos. `batch(step)` depends on (seed, step) alone: a resumed run sees the same data.
 
     `paths`: image files, or one folder; addresses of them, too. Each crop picks a photo (all equally likely), a scale
-    within `scale`, a place and, with `flip`, one of two mirror images. It takes crop_size / scale pixels and
-    resizes them to crop_size (Lanczos); at scale 1 it is a cut, pixel for pixel. A photo with fewer pixels than that is used whole on its shorter
-    side, never enlarged. `shorter_side`, (low, high) in pixels, replaces `scale` for large photos: the shorter side of
-    the photo is brought to a random length within it (HiFiC: 500 to 1000).
+    within `scale`, a place and, with `flip`, one of two mirror images. It takes crop_size / scale pixels and resizes
+    them to crop_size (Lanczos); at scale 1 it is a cut, pixel for pixel. A photo with fewer pixels than that is used
+    whole on its shorter side, never enlarged. `shorter_side`, (low, high) in pixels, replaces `scale` for large
+    photos: the shorter side of the photo is brought to a random length within it (HiFiC: 500 to 1000).
 
     Photos are decoded once and kept as uint8 until `memory_gb` (10^9 bytes) is full; those beyond are decoded for each
     crop, which is slower and gives the same pixels. A file that cannot be read is skipped with one warning that names
