@@ -83,7 +83,7 @@ def server(command, url, folder, **more):
         process = subprocess.Popen([str(c) for c in command], stdout=out, stderr=subprocess.STDOUT, env=env, cwd=folder,
                                    start_new_session=True)
     try:
-        for _ in range(900):
+        for _ in range(1800):
             try:
                 with contextlib.suppress(urllib.error.HTTPError): urllib.request.urlopen(url, timeout=60).read(100)
                 break  # any answer is one

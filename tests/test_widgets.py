@@ -3,21 +3,16 @@
 import base64
 import io
 import json
-import os
 import re
-import socket
-import subprocess
 import sys
 import threading
-import time
-import urllib.request
 from pathlib import Path
 
 import nbformat
 import numpy as np
 import pytest
 import torch
-from browser import ARGUMENTS, CHROMIUM, collect_errors, needs_browser, wait_for_kernel
+from browser import chromium, collect_errors, jupyterlab, needs_browser, wait_for_kernel
 from PIL import Image
 
 from hific_nb.baselines import get_baseline
@@ -288,38 +283,7 @@ MISSING = needs_browser("jupyterlab", "nbclient", "anywidget")
 def lab(tmp_path):
     """The address of a JupyterLab whose root is tmp_path/"root", with settings of its own."""
     (tmp_path / "root").mkdir()
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = dict(os.environ, JUPYTERLAB_WORKSPACES_DIR=str(tmp_path / "w"), JUPYTERLAB_SETTINGS_DIR=str(tmp_path / "s"),
-               JUPYTER_CONFIG_DIR=str(tmp_path / "c"), JUPYTER_RUNTIME_DIR=str(tmp_path / "r"),
-               JUPYTER_DATA_DIR=str(tmp_path / "d"), IPYTHONDIR=str(tmp_path / "i"))
-    log = open(tmp_path / "lab.log", "w")
-    server = subprocess.Popen(
-        [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
-         "--IdentityProvider.token=", f"--ServerApp.root_dir={tmp_path / 'root'}", "--expose-app-in-browser",
-         "--ServerApp.port_retries=0", "--LabApp.news_url=", "--LabApp.check_for_updates_class="
-         "jupyterlab.handlers.announcements.NeverCheckForUpdate"],
-        stdout=log, stderr=subprocess.STDOUT, env=env)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(1200):
-            try:
-                urllib.request.urlopen(url + "/api", timeout=2).read()
-                break
-            except OSError:
-                if server.poll() is not None: break
-                time.sleep(0.1)
-        else: pytest.fail("JupyterLab did not start: " + (tmp_path / "lab.log").read_text()[-2000:])
-        if server.poll() is not None: pytest.fail((tmp_path / "lab.log").read_text()[-2000:])
-        yield url
-    finally:
-        server.terminate()  # on SIGTERM it ends its kernels
-        try: server.wait(20)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
-        log.close()
+    with jupyterlab(tmp_path / "root", tmp_path) as url: yield url
 
 
 SOURCE = """
@@ -343,7 +307,6 @@ def test_slider_in_jupyterlab(lab, tmp_path, photos, monkeypatch):
     """An executed notebook, reopened. Not trusted: the still picture. Signed: the slider is there and moves without its
     kernel. Run again: Python follows the line, and the line follows Python."""
     from nbclient import NotebookClient
-    from playwright.sync_api import sync_playwright
 
     nb = nbformat.v4.new_notebook(
         cells=[nbformat.v4.new_code_cell(c) for c in (SOURCE.strip(), "print('position', slider.position)")],
@@ -356,8 +319,7 @@ def test_slider_in_jupyterlab(lab, tmp_path, photos, monkeypatch):
     nb.cells[1].source += "  # sent by someone else"
     nbformat.write(nb, tmp_path / "root" / "sent.ipynb")
 
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+    with chromium() as browser:
         errors = []
 
         def opened(name):
@@ -428,4 +390,3 @@ def test_slider_in_jupyterlab(lab, tmp_path, photos, monkeypatch):
         page.keyboard.press("Control+Enter")
         reaches(0.25)
         assert not errors, errors
-        browser.close()
