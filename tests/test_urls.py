@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from hific_nb import config
-from hific_nb.cli import main
+from hific_nb.cli import main, run_job
 from hific_nb.codec import Codec
 from hific_nb.config import (HificError, file_size, find_urls, is_url, join_path, local_or_url, open_file, path_name, read_file,
                              write_atomic)
@@ -400,6 +400,17 @@ def test_command_line(memory, tmp_path, photo, capsys):
     assert status == 1 and "no .hfc file" in error
     with pytest.raises(SystemExit): main(["info", "file://host/a.hfc"])
     assert "another machine" in capsys.readouterr().err
+
+
+def test_the_job_of_compression(web, tmp_path, photo):
+    "In a process of its own, over a folder of a web server."
+    server, address = web
+    server.files |= {"/set/a.png": png(photo), "/set/trip/a.png": png(photo)}
+    if not server.ranges: pytest.skip("once is enough")
+    assert run_job("compress", tmp_path, dict(input=address + "/set/", metrics=False)) is not None, "papermill is missing"
+    report = json.loads((tmp_path / "metrics.json").read_text())
+    assert [row["name"] for row in report["images"]] == ["a", "trip_a"] and not report["failed"]
+    assert report["images"][0]["original_bytes"] == len(png(photo)) and (tmp_path / "trip_a.hfc").is_file()
 
 
 def test_evaluation(memory, tmp_path, photo):
