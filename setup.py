@@ -40,8 +40,8 @@ class BuildWithNotebooks(build_py):
         return super().get_outputs(include_bytecode) + packed
 
 
-extras = {extra: s[f"{extra}_requirements"].split() for extra in ("notebooks", "train", "baselines", "urls", "coders")}
-extras["dev"] = sorted({*extras["notebooks"], *extras["train"], *extras["urls"], *s["dev_requirements"].split()})
+extras = {extra: s[f"{extra}_requirements"].split() for extra in ("notebooks", "train", "baselines", "urls", "cluster", "coders")}
+extras["dev"] = sorted({*extras["notebooks"], *extras["train"], *extras["urls"], *extras["cluster"], *s["dev_requirements"].split()})
 
 setup(
     name=name,
