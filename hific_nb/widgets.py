@@ -597,6 +597,7 @@ function render({ model, el }) {
   const draw = () => box.replaceChildren("save:", ...model.get("names").map((name) => {
     const button = document.createElement("button");
     button.className = "button";
+    button.setAttribute("data-lm-suppress-shortcuts", "true");
     button.textContent = name;
     button.addEventListener("click", () => model.send({ wanted: name, view: mine }));
     return button;
@@ -1578,6 +1579,7 @@ function render({ model, el }) {
     row.replaceChildren(...boxes.map(([name, text], k) => {
       const button = document.createElement("button");
       button.setAttribute("role", "tab");
+      button.setAttribute("data-lm-suppress-shortcuts", "true");
       button.setAttribute("aria-selected", name === chosen);
       button.tabIndex = name === chosen ? 0 : -1;
       button.dataset.name = name;
@@ -1596,7 +1598,6 @@ function render({ model, el }) {
     const names = model.get("boxes").map(([name]) => name);
     choose(names[(names.indexOf(model.get("chosen")) + step + names.length) % names.length]);
   });
-  row.setAttribute("data-lm-suppress-shortcuts", "true");
   for (const name of ["boxes", "chosen"]) model.on("change:" + name, draw);
   draw();
   el.append(row);
@@ -1693,10 +1694,10 @@ function render({ model, el }) {
   box.className = "hific-channels-box";
   box.setAttribute("role", "listbox");
   box.setAttribute("aria-label", "channels: arrow keys choose, space switches off and on");
-  box.setAttribute("data-lm-suppress-shortcuts", "true");
   let url = null;
   const choose = (c) => { model.set("chosen", c); model.save_changes(); };
   const toggle = (c) => {
+    if (!get("switches")) return;
     const off = get("off");
     model.set("off", off.includes(c) ? off.filter((k) => k !== c) : [...off, c]);
     model.save_changes();
@@ -1707,6 +1708,7 @@ function render({ model, el }) {
     box.replaceChildren(...order.map((c, k) => {
       const thumb = document.createElement("div"), x = k % across, y = Math.floor(k / across);
       thumb.setAttribute("role", "option");
+      thumb.setAttribute("data-lm-suppress-shortcuts", "true");  // looked for on what has the focus, not around it
       thumb.dataset.channel = c;
       thumb.innerHTML = "<div></div><span></span>";
       Object.assign(thumb.firstChild.style, { aspectRatio: `${w} / ${h}`, backgroundImage: `url(${url})`,
@@ -1789,6 +1791,7 @@ function render({ model, el }) {
       const chip = document.createElement("button");
       chip.textContent = name;
       chip.tabIndex = -1;
+      chip.setAttribute("data-lm-suppress-shortcuts", "true");
       chip.style.setProperty("--colour", colour);
       chip.addEventListener("click", () => choose(start));
       return chip;
@@ -1965,7 +1968,8 @@ def _inside_parts():
     class Channels(anywidget.AnyWidget):
         """Thumbnails of channels: `atlas`, PNG, has those of `order` row by row, `across` in a row, each of `shape` (h, w) pixels.
 
-        chosen: a channel. off: those struck out. notes: a word for each of `order`.
+        chosen: a channel, or -1. off: those struck out, which a person can change where `switches`. notes: a word for each of
+        `order`.
         """
         _esm = _CHANNELS_JS
         _css = _INSIDE_CSS
@@ -1976,6 +1980,7 @@ def _inside_parts():
         across = traitlets.Int(16, min=1).tag(sync=True)
         chosen = traitlets.Int(0).tag(sync=True)
         off = traitlets.List(traitlets.Int()).tag(sync=True)
+        switches = traitlets.Bool(True).tag(sync=True)
 
     class FileBytes(anywidget.AnyWidget):
         "The bytes `data` of a file; fields: [name, start, end, colour]; at: the byte looked at; changed: [offset, flipped bits]."
@@ -1992,7 +1997,7 @@ def _inside_parts():
 def channel_atlas(values: np.ndarray, order: Sequence[int], across: int = 16) -> Image.Image:
     "Channels of (C, h, w) as one picture, a pixel a value, `across` in a row; each channel by its own largest magnitude."
     C, h, w = values.shape
-    page = Image.new("RGB", (across * w, -(-len(order) // across) * h), _COOL_WARM[2])
+    page = Image.new("RGB", (across * w, max(1, -(-len(order) // across)) * h), _COOL_WARM[2])
     for k, c in enumerate(order):
         most = float(np.abs(values[c]).max())
         page.paste(value_picture(values[c], -most, most, _COOL_WARM), (k % across * w, k // across * h))
@@ -2076,8 +2081,8 @@ _INTRODUCTIONS = {
     "latents": "The encoder's output, one small picture a channel, each by its own scale: blue is negative, red positive. Click "
                "one to look at it; <b>double click or space switches it off</b>: its symbols become 0, and only what was "
                "predicted is left.",
-    "prediction": "From the hyperlatents both sides predict a mean and a scale for every latent; what is coded is the rounded "
-                  "rest. Click a place.",
+    "prediction": "From the hyperlatents, here the channels that take any bytes, both sides predict a mean and a scale for every "
+                  "latent; what is coded is the rounded rest. Click a place.",
     "bits": "Bits per pixel over the photo, by what each symbol costs under its table row: dark is cheap. Latents stand for "
             "16 × 16 pixels, hyperlatents for 64 × 64; those that the edge cuts off for fewer, at the same cost.",
     "picture": "The generator's error, root mean square over each 16 × 16 pixels, in grey levels of 255."}
@@ -2155,6 +2160,7 @@ def _inside_class():
             self.heat, self.loss = (classed(Maps(opacity=0.75), "maps", name) for name in ("heat", "loss"))
             for wide in (self.photo, self.plain, self.heat, self.loss): wide.add_class("wide")
             self.channels = classed(Channels(), "channels")
+            self.hyper = classed(Channels(switches=False, chosen=-1), "channels", "hyper")
             self.rank = slider("rank", "channel, by cost", 420, readout=False)
             self.keep = slider("keep", "keep the dearest", 420, continuous_update=False)
             self.symbol = slider("symbol", "symbol", 640)
@@ -2187,7 +2193,8 @@ def _inside_class():
             self.panels = {
                 "photo": [self.about, self.photo],
                 "latents": [self.channels, row(self.keep, everything, this_one), self.plain],
-                "prediction": [self.rank, self.maps, row(self.where, self.drawn), labelled(self.steps, "quantize in steps of"),
+                "prediction": [self.hyper, self.rank, self.maps, row(self.where, self.drawn),
+                               labelled(self.steps, "quantize in steps of"),
                                row(labelled(self.donors, "swap with"), labelled(self.takes, "take over its"))],
                 "bits": [self.opacity, self.heat, self.costs, self.spent],
                 "rANS": [self.symbol, row(*moves), self.coded],
@@ -2320,6 +2327,12 @@ def _inside_class():
                 self.channels.shape = [h, wide]
                 costs = inside.bits["latents"].sum((1, 2)) / 8
                 self.channels.notes = [f"{costs[c]:,.0f} B" if costs[c] >= 0.5 else "0 B" for c in order]
+            spent = inside.bits["hyperlatents"].sum((1, 2)) / 8
+            used = [int(c) for c in np.argsort(-spent, kind="stable") if spent[c] >= 0.5]
+            with self.hyper.hold_sync():
+                z = inside.latents.hyperlatents
+                self.hyper.atlas, self.hyper.order = _png(channel_atlas(z, used)), used
+                self.hyper.shape, self.hyper.notes = list(z.shape[1:]), [f"{spent[c]:,.0f} B" for c in used]
             with self.file.hold_sync():
                 self.file.data = inside.data
                 self.file.fields = [[f.name, f.start, f.end, _FIELD_COLOURS.get(f.name, "#888888")] for f in inside.fields()]
