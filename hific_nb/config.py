@@ -25,7 +25,6 @@ from importlib.resources import files
 from pathlib import Path, PurePath
 from typing import BinaryIO
 from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 # %% ../nbs/00_config.ipynb #73c40228
 class HificError(Exception):
@@ -63,6 +62,7 @@ def local_or_url(path: str | os.PathLike) -> Path | str:
         place = urlsplit(text)
         if place.netloc not in ("", "localhost") or not place.path:
             raise HificError(f"{text} names a file of another machine: write file:///folder/name.png, or the path itself.")
+        from urllib.request import url2pathname  # slow to import
         return Path(url2pathname(place.path))
     if isinstance(path, PurePath) and re.match("[A-Za-z][A-Za-z0-9+.-]+:/[^/]", path.as_posix()) and not Path(path).exists():
         raise HificError(f"{text} was an address before it became a Path, which joins its slashes: give it as text.")
