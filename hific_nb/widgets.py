@@ -1918,12 +1918,12 @@ _INSIDE_CSS = """
 .hific-inside .hific-numbers th { font-weight: normal; opacity: 0.75; }
 .hific-inside .hific-numbers th:first-child { text-align: left; opacity: 1; }
 .hific-inside .hific-numbers tr.sum > * { border-top: 1px solid #8888; font-weight: 600; }
-.hific-inside .hific-step { display: grid; grid-template-columns: 150px minmax(0, 1fr); gap: 4px 16px; font: 13px/1.5 sans-serif;
+.hific-inside .hific-line { display: grid; grid-template-columns: 150px minmax(0, 1fr); gap: 4px 16px; font: 13px/1.5 sans-serif;
   padding: 4px 0; align-items: center; font-variant-numeric: tabular-nums; }
 .hific-inside .hific-sides { margin-right: 16px; }
-.hific-inside .hific-step > :first-child { opacity: 0.7; }
-.hific-inside .hific-step > :last-child { overflow-wrap: anywhere; }
-.hific-inside .hific-step sup, .hific-inside .hific-step sub { line-height: 0; }
+.hific-inside .hific-line > :first-child { opacity: 0.7; }
+.hific-inside .hific-line > :last-child { overflow-wrap: anywhere; }
+.hific-inside .hific-line sup, .hific-inside .hific-line sub { line-height: 0; }
 .hific-inside code { font: 12px ui-monospace, Menlo, Consolas, monospace; background: #8882; padding: 1px 4px; border-radius: 3px;
   color: inherit; }
 .hific-inside code b { color: #d1495b; }
@@ -1931,7 +1931,7 @@ _INSIDE_CSS = """
   .hific-boxes-row { gap: 6px; }
   .hific-boxes-row button { flex-basis: 40%; }
   .hific-boxes-row button:not(:last-child)::after { content: none; }
-  .hific-inside .hific-step { grid-template-columns: minmax(0, 1fr); gap: 0; }
+  .hific-inside .hific-line { grid-template-columns: minmax(0, 1fr); gap: 0; }
   .hific-inside .hific-numbers th, .hific-inside .hific-numbers td { padding-right: 8px; font-size: 12px; white-space: normal; }
 }
 """
@@ -2539,7 +2539,7 @@ def _inside_class():
                 quotient, rest = divmod(s.next, s.frequency)
                 lines.append(("the encoder, backwards", f"⌊x′ / f⌋ · {power} + c + x′ mod f = {quotient:,} × {low:,} + {s.start:,}"
                               f' + {rest:,} = <span class="back">{quotient * low + s.start + rest:,}</span>, the state before'))
-            self.coded.value = "".join(f'<div class="hific-step"><span>{a}</span><span>{b}</span></div>' for a, b in lines)
+            self.coded.value = "".join(f'<div class="hific-line"><span>{a}</span><span>{b}</span></div>' for a, b in lines)
 
         def _draw_file(self, inside, place) -> None:
             at = min(self.byte, len(inside.data) - 1)
