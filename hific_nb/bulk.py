@@ -585,8 +585,7 @@ def rows_by_ray(items: Iterable[Item], settings: BulkSettings, workers: int | No
         workers = max(1, min(workers or room, -(-len(items) // batch)))
         data = ray.data.from_items([{"item": item} for item in items], override_num_blocks=-(-len(items) // batch))
         data = data.map_batches(RayWorker, fn_constructor_args=(asdict(settings), max(1, int(cpus))), batch_size=batch, num_cpus=cpus,
-                                num_gpus=gpus or None, compute=ray.data.ActorPoolStrategy(size=workers),
-                                max_restarts=-1, max_task_retries=-1)
+                                num_gpus=gpus or None, compute=ray.data.ActorPoolStrategy(size=workers))  # what dies, it starts again
         for row in data.iter_rows(): yield json.loads(row["row"])
     except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError) as error:
         reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
@@ -597,10 +596,19 @@ def rows_by_ray(items: Iterable[Item], settings: BulkSettings, workers: int | No
 
 def _start_ray(ray) -> None:
     "Joins the cluster of RAY_ADDRESS, else starts one of this machine alone, that nobody outside can reach."
+    import logging
+
     ray.data.DataContext.get_current().enable_progress_bars = False
-    quiet = dict(logging_level="ERROR", log_to_driver=False)
-    if os.environ.get("RAY_ADDRESS"): ray.init(**quiet)
-    else: ray.init(num_cpus=_cores(), object_store_memory=100 * 2 ** 20, include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    options = dict(logging_level="ERROR", log_to_driver=False)
+    if not os.environ.get("RAY_ADDRESS"): options |= dict(num_cpus=_cores(), object_store_memory=100 * 2 ** 20,
+                                                          include_dashboard=False, _node_ip_address="127.0.0.1")
+    for left in (2, 1, 0):
+        try: return ray.init(**options)
+        except Exception as error:  # on a busy machine it may give up after 30 seconds
+            ray.shutdown()
+            if not left: raise BulkError(f"Ray cannot start here ({str(error).splitlines()[0].rstrip('.')}): free some memory and "
+                                         "processors, or check RAY_ADDRESS.") from error
 
 # %% ../nbs/18_bulk.ipynb #bdab2b1c
 ENGINES = ("local", "ray")
