@@ -140,28 +140,32 @@ def compress_command(args) -> int:
 
 def decompress_command(args) -> int:
     "`hific decompress`: `.hfc` files, or a part of each, to PNGs; without --model, each file's own model is loaded."
-    from hific_nb.hfc import HfcError, HfcReader, ModelMismatchError
+    from hific_nb.hfc import HfcError, HfcFile, HfcReader, ModelMismatchError
     from hific_nb.zoo import name_of_fingerprint
 
     inputs = _inputs(args.input, _hfc_files)
     if inputs != [args.input] and not (args.box or args.thumbnail): return _bulk(args, inputs, action="decompress")
     codecs = {}
 
-    def codec_for(source: Path | str):
+    def codec_for(file: HfcFile):
         name = args.model
         if name is None:
-            try:
-                with open_file(source) as stream: fingerprint = HfcReader(stream).file.fingerprint
-            except OSError as error: raise HfcError(f"Cannot read {source}: {error.strerror or error}.") from error
-            name = name_of_fingerprint(fingerprint)
+            name = name_of_fingerprint(file.fingerprint)
             if name is None: raise ModelMismatchError(
-                f"The file needs a model with fingerprint {fingerprint.hex()}, which is not shipped with this release: "
+                f"The file needs a model with fingerprint {file.fingerprint.hex()}, which is not shipped with this release: "
                 "give its folder with --model.")
         if name not in codecs: codecs[name] = _codec(argparse.Namespace(**vars(args) | {"model": name}))
         return codecs[name]
 
     def decompress(source: Path | str, target: Path | str) -> str:
-        image = codec_for(source).decompress(source, args.box, thumbnail=args.thumbnail)
+        try:
+            with open_file(source) as stream: file = HfcReader(stream).file
+        except OSError as error: raise HfcError(f"Cannot read {source}: {error.strerror or error}.") from error
+        codec, (left, top, right, bottom) = codec_for(file), args.box or (0, 0, file.width, file.height)
+        if (right - left) * (bottom - top) > 2 ** 24 and not args.thumbnail and isinstance(target, Path):
+            size = codec.decompress_to(target, source, args.box)
+            return f"{source} -> {target}  {size[0]} x {size[1]}"
+        image = codec.decompress(source, args.box, thumbnail=args.thumbnail)
         write_atomic(target, _png(image))
         return f"{source} -> {target}  {image.width} x {image.height}"
 

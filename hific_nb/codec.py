@@ -14,9 +14,11 @@ import math
 import operator
 import os
 import re
+import struct
 import tempfile
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -874,11 +876,15 @@ class Codec:
             reader = HfcReader(stream, REGIONS * self.max_pixels)
             file = reader.file
             if thumbnail: return self._thumbnail(data, file, memory)
-            left, top, right, bottom = _check_box(box, (file.width, file.height))
-            if (right - left) * (bottom - top) > self.max_pixels:
-                raise TooLargeError(f"The box has {right - left} x {bottom - top} pixels, more than max_pixels = "
-                                    f"{self.max_pixels}: take smaller boxes, or raise max_pixels.")
+            self._check_box_size(box, file)
             return self._decode(file, reader.tile, box, self._budget(memory))
+
+    def _check_box_size(self, box, file: HfcFile) -> tuple[int, int, int, int]:
+        left, top, right, bottom = _check_box(box, (file.width, file.height))
+        if (right - left) * (bottom - top) > self.max_pixels:
+            raise TooLargeError(f"The box has {right - left} x {bottom - top} pixels, more than max_pixels = "
+                                f"{self.max_pixels}: take smaller boxes, or raise max_pixels.")
+        return left, top, right, bottom
 
     def _decode(self, file: HfcFile, tile: Callable[[int], Tile], box, budget: int) -> Image.Image:
         size = self._check_file(file)
@@ -906,6 +912,44 @@ class Codec:
                 return out
 
             return self._paint(y_hat, whole, box, alpha, file.streams, budget)
+
+    def decompress_to(self, path: str | os.PathLike, data: bytes | str | os.PathLike,
+                      box: tuple[int, int, int, int] | None = None, *, memory: int | str | None = None) -> tuple[int, int]:
+        """`decompress` into a PNG file, which is written strip by strip: the picture is never in memory as a whole. Gives its size.
+
+        path: local; nothing is there before the file is whole. Of a file without tiles, the symbols and the picture are in memory.
+        `max_pixels` holds here, too, for time and disk. Where a file cannot be written: `HificError`.
+        """
+        path, budget = Path(path), self._budget(memory)
+        with _opened(data) as stream:
+            reader = HfcReader(stream, REGIONS * self.max_pixels)
+            file = reader.file
+            left, top, right, bottom = self._check_box_size(box, file)
+            side = TILE_UNIT * (file.tile or file.height)
+            step = side * max(1, int(budget / 4 / (4 * (right - left)) / side))  # each strip's own budget comes to that
+            edges = [top, *range((top // step + 1) * step, bottom, step), bottom]
+            strips = (self._decode(file, reader.tile, (left, a, right, b), budget) for a, b in zip(edges, edges[1:]))
+            size = right - left, bottom - top
+            if file.tile is None: strips = iter([self._decode(reader.whole(), reader.tile, box, budget)])
+            temporary = None
+            try:
+                with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False) as out:
+                    temporary = out.name
+                    for part in _png_parts(strips, size, "RGB" if file.alpha is None else "RGBA", file.streams.get(ICC_PROFILE)):
+                        out.write(part)
+                    out.flush()
+                    os.fsync(out.fileno())
+                umask = os.umask(0)
+                os.umask(umask)
+                os.chmod(temporary, 0o666 & ~umask)
+                os.replace(temporary, path)
+                temporary = None
+            except OSError as error:
+                raise HificError(f"Cannot write {path}: {error.strerror or error}. Check the folder, its permissions and the space "
+                                 "left on the disk.") from error
+            finally:
+                if temporary is not None: Path(temporary).unlink(missing_ok=True)
+        return size
 
     def _thumbnail(self, data, file: HfcFile, memory: int | str | None) -> Image.Image:
         self._check_file(file)
@@ -1008,6 +1052,29 @@ def _encode_alpha(alpha: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+def _png_parts(strips: Iterator[Image.Image], size: tuple[int, int], mode: str, icc: bytes | None) -> Iterator[bytes]:
+    "The bytes of a PNG from strips of it; each row by the filter that leaves the least sum, of Sub, Up and Paeth."
+    def chunk(kind, data): return b"".join([struct.pack(">I", len(data)), kind, data, struct.pack(">I", zlib.crc32(kind + data))])
+
+    yield b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", *size, 8, 2 if mode == "RGB" else 6, 0, 0, 0))
+    if icc is not None: yield chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(icc))
+    coder, last = zlib.compressobj(6), np.zeros((1, size[0], len(mode)), np.int16)
+    for strip in strips:
+        for top in range(0, strip.height, rows := max(1, 2 ** 20 // size[0])):
+            x = np.asarray(strip.crop((0, top, size[0], min(top + rows, strip.height)))).astype(np.int16)  # (rows, W, C)
+            above = np.concatenate([last, x[:-1]])
+            left, corner = (np.pad(a[:, :-1], ((0, 0), (1, 0), (0, 0))) for a in (x, above))
+            near = [abs(above - corner), abs(left - corner), abs(left + above - 2 * corner)]
+            paeth = np.where((near[0] <= near[1]) & (near[0] <= near[2]), left, np.where(near[1] <= near[2], above, corner))
+            found = np.stack([(x - guess).astype(np.uint8) for guess in (left, above, paeth)])  # (3, rows, W, C)
+            which = abs(found.view(np.int8).astype(np.int16)).sum((2, 3), dtype=np.int64).argmin(0)
+            kept = found[which, np.arange(len(x))].reshape(len(x), -1)
+            names = np.array([1, 2, 4], np.uint8)[which]
+            if coded := coder.compress(np.concatenate([names[:, None], kept], 1).tobytes()): yield chunk(b"IDAT", coded)
+            last = x[-1:]
+    yield chunk(b"IDAT", coder.flush()) + chunk(b"IEND", b"")
+
+
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", b"\0\0\0\0IEND\xaeB`\x82"
 
 
@@ -1083,7 +1150,7 @@ def round_trip(codec: Codec, source, folder: str | os.PathLike, name: str, *, me
         latents = timed("entropy_decode", codec.decode_latents, folder/f"{name}.hfc")
         figures |= dict(bytes=len(data), bpp=bpp(len(data), original.width, original.height))
         if isinstance(source, (str, os.PathLike)):
-            size = file_size(source)
+            size = Path(source).stat().st_size
             figures |= dict(original_bytes=size, ratio=size / len(data))
     decoded = timed("generate", codec.generate, latents)
     buffer = io.BytesIO()

@@ -18,7 +18,7 @@ from PIL import Image, ImageCms
 from hific_nb import Codec
 from hific_nb import codec as room
 from hific_nb.codec import REGIONS, Chain, CodecError, file_info, memory_bytes, plan_pieces
-from hific_nb.config import ModelConfig
+from hific_nb.config import HificError, ModelConfig
 from hific_nb.data import ImageError, image_to_tensor, read_image, sample_photo
 from hific_nb.hfc import ChecksumError, CorruptError, TooLargeError, layout, pack, unpack
 from hific_nb.model import Model
@@ -435,6 +435,30 @@ def test_sides_beyond_65535():
     assert codec.decompress(data, thumbnail=True).size == (511, 1)
 
 
+@pytest.mark.parametrize("box", [None, (3, 100, 1098, 699)])
+def test_pictures_are_written_in_strips(poster, tmp_path, box):
+    codec, path = tiny.tiny_codec(), tmp_path / "a.png"
+    glass, icc = poster.copy(), ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    glass.putalpha(tiny.glass(*poster.size))
+    for image, tile, streams in ((poster, 64, {}), (glass, 64, {"iccp": icc}), (poster, 0, {})):
+        data = codec.compress(image, tile=tile, streams=streams)
+        with mock.patch.object(codec, "_decode", wraps=codec._decode) as strips, \
+                mock.patch.object(codec, "_budget", lambda memory: 2 ** 20):
+            assert codec.decompress_to(path, data, box, memory=LEAST) == codec.decompress(data, box).size
+        assert tile == 0 or strips.call_count > 9, "strips, and the comparison"
+        written, wanted = Image.open(path), codec.decompress(data, box)
+        assert written.mode == wanted.mode and np.abs(pixels(written) - pixels(wanted)).max() <= 1
+        assert written.info.get("icc_profile") == streams.get("iccp")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"], "no temporary file is left"
+    before = path.read_bytes()
+    data = codec.compress(poster, tile=64)
+    at = {f.name: f for f in layout(data)}["tile 190"].start
+    with pytest.raises(ChecksumError): codec.decompress_to(path, data[:at] + b"?" + data[at + 1:])
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1, "a broken file leaves what was there"
+    with pytest.raises(HificError, match="Check the folder"): codec.decompress_to(tmp_path / "none" / "a.png", data)
+    with pytest.raises(TooLargeError, match="box"): tiny.tiny_codec(max_pixels=1000 * 700).decompress_to(path, data)
+
+
 # -------------------------------------------------------------------------------------------------------------- thumbnails
 
 
@@ -501,6 +525,7 @@ import numpy as np, torch
 from PIL import Image
 sys.path.insert(0, sys.argv[1])
 import tiny
+from hific_nb import codec as room
 from hific_nb.data import sample_photo
 torch.set_num_threads(1)
 def line(name): return 1024 * int(next(l.split()[1] for l in open("/proc/self/status") if l.startswith(name)))
@@ -508,6 +533,7 @@ codec, out = tiny.tiny_codec(), {}
 codec.decompress(codec.compress(Image.new("RGB", (256, 256)), tile=64))
 photo = sample_photo("coffee").resize((3600, 2400))
 for memory in sys.argv[2:]:
+    if memory == "2GB": room.PIECE = 2 ** 40  # the whole at once
     for name, function, what in (("compress", codec.compress, photo), ("decompress", codec.decompress, None)):
         ctypes.CDLL(None).malloc_trim(0)
         open("/proc/self/clear_refs", "w").write("5")
