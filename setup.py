@@ -41,7 +41,8 @@ class BuildWithNotebooks(build_py):
 
 
 extras = {extra: s[f"{extra}_requirements"].split() for extra in ("notebooks", "train", "baselines", "urls", "cluster", "coders")}
-extras["dev"] = sorted({*extras["notebooks"], *extras["train"], *extras["urls"], *extras["cluster"], *s["dev_requirements"].split()})
+extras["dev"] = sorted({*extras["notebooks"], *extras["train"], *extras["urls"], *extras["cluster"],
+                        *s["dev_requirements"].split()})
 
 setup(
     name=name,
