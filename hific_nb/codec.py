@@ -1150,7 +1150,7 @@ def round_trip(codec: Codec, source, folder: str | os.PathLike, name: str, *, me
         latents = timed("entropy_decode", codec.decode_latents, folder/f"{name}.hfc")
         figures |= dict(bytes=len(data), bpp=bpp(len(data), original.width, original.height))
         if isinstance(source, (str, os.PathLike)):
-            size = Path(source).stat().st_size
+            size = file_size(source)
             figures |= dict(original_bytes=size, ratio=size / len(data))
     decoded = timed("generate", codec.generate, latents)
     buffer = io.BytesIO()
