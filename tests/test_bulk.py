@@ -1,6 +1,8 @@
 """Folders at speed: the same bytes as one by one, nothing twice, nothing half, nothing lost."""
 
 import csv
+import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -10,11 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 from hific_nb.bulk import (MANIFEST, BulkError, BulkSettings, Item, Manifest, Worker, encode_batch, plan, rows_by_processes,
                            run_bulk)
+from hific_nb.cli import run_job
 from hific_nb.codec import Codec
+from hific_nb.config import HificError
 from hific_nb.data import find_images, sample_photo
 
 HIFIC = [sys.executable, "-c", "import sys; from hific_nb.cli import main; sys.exit(main())"]
@@ -236,3 +241,32 @@ def test_manifest_survives_a_torn_line(tmp_path):
     with open(manifest.path, "a") as f: f.write("torn,12")
     assert sorted(Manifest(tmp_path).known) == ["a", "b, with \"quotes\""]
     assert Item.from_json(Item("a", "b", "c", {"file": "a"}).to_json()).known == {"file": "a"}
+
+
+def benchmark(name):
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_benchmark_compares_the_same_files(photos, tmp_path, capsys):
+    for extra in ("broken.jpg", "a.jpg"): (photos / extra).unlink()
+    result = benchmark("bulk").main(["--photos", str(photos), "--device", "cpu", "--repeat", "6", "--workers", "2"])
+    assert result["same_bytes"] and result["ratio"] > 0 and "files/s" in capsys.readouterr().out
+
+
+def test_the_gpu_benchmark_runs_here_too(capsys):
+    gpu = benchmark("gpu")
+    result = gpu.main(["--device", "cpu", "--megapixels", "0.02", "--repeat", "1"])
+    assert result["symbols_that_differ"] == 0 and 0 < result["sizes"][0.02]["share_of_peak"] < 3
+    if not torch.cuda.is_available(): assert gpu.main([]) is None and "No GPU here" in capsys.readouterr().out
+
+
+def test_the_job(photos, tmp_path):
+    run = tmp_path / "run"
+    run_job("compress_cluster", run, dict(input=str(photos), engine="local", device="cpu"))
+    assert json.loads((run / "summary.json").read_text())["failed"] == 1 and table(run / "files")["broken.jpg"]["error"]
+    executed = (run / "compress_cluster.ipynb").read_text()
+    assert "4 done" in executed and "broken.jpg" in executed
+    with pytest.raises(HificError, match="Unknown parameter"): run_job("compress_cluster", run, dict(inputs="x"))
