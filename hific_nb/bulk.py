@@ -134,20 +134,16 @@ class Manifest:
         self.folder = local_or_url(folder)
         self.path = join_path(self.folder, MANIFEST)
         self.known, self._new, self._pending, self._parts, self._last = {}, {}, [], [], time.monotonic()
-        remote = is_url(self.folder)
-        try: self._parts = find_urls(join_path(self.folder, _PARTS)) if remote else []
+        try: self._parts = find_urls(join_path(self.folder, _PARTS)) if is_url(self.folder) else []
         except OSError as error: raise BulkError(f"{self.folder} cannot be looked into ({error.strerror}).") from error
         for path in [self.path, *self._parts]:
-            try: self.known |= {row["file"]: row for row in _rows(read_file(path).decode("utf-8", "replace"))}
-            except FileNotFoundError: pass
+            try: text = read_file(path).decode("utf-8", "replace")
+            except FileNotFoundError: continue
             except OSError as error: raise BulkError(f"{path} cannot be read ({error.strerror}): move it away.") from error
+            if path == self.path and text and not text.startswith(_lines([], header=True)):
+                raise BulkError(f"{path} is there and no manifest of ours: move it away, or write to another folder.")
+            self.known |= {row["file"]: row for row in _rows(text)}
         self._log = None
-        if not remote:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                write_atomic(self.path, self._table(self.known).encode())
-                self._log = open(self.path, "a", encoding="utf-8", newline="")
-            except OSError as error: raise BulkError(f"Cannot write to {self.folder}: {error.strerror}.") from error
 
     @staticmethod
     def _table(rows: dict) -> str: return _lines((rows[name] for name in sorted(rows)), header=True)
@@ -155,12 +151,18 @@ class Manifest:
     def add(self, row: dict) -> None:
         "Keep a row."
         self._new[row["file"]] = row
-        if self._log is not None:
+        if is_url(self.folder):
+            self._pending.append(row)
+            if time.monotonic() - self._last > _PART_SECONDS: self._put()
+            return
+        try:
+            if self._log is None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_atomic(self.path, self._table(self.known).encode())
+                self._log = open(self.path, "a", encoding="utf-8", newline="")
             self._log.write(_lines([row]))
             self._log.flush()
-            return
-        self._pending.append(row)
-        if time.monotonic() - self._last > _PART_SECONDS: self._put()
+        except OSError as error: raise BulkError(f"Cannot write {self.path}: {error.strerror}.") from error
 
     def _put(self) -> None:
         if self._pending:
@@ -171,8 +173,8 @@ class Manifest:
     def close(self, whole: bool = True) -> None:
         "Write the sorted table; with `whole` False, as after an interruption, only what is not written yet."
         if self._log is not None: self._log.close()
-        elif not whole: self._put()
-        if not whole: return
+        if not whole: return self._put()
+        if not is_url(self.folder): self.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(self.path, self._table(self.known | self._new).encode())
         for part in self._parts:
             try:
@@ -652,6 +654,7 @@ def run_bulk(root: str | os.PathLike, out: str | os.PathLike | None, settings: B
     items = plan(root, files, out, suffix)
     if files == [root]: root = root.rsplit("/", 1)[0] if is_url(root) else root.parent
     manifest = Manifest(root if out is None else out)
+    _sweep(items)
     result, start, whole = BulkResult(manifest=str(manifest.path)), time.perf_counter(), False
     known = (item if settings.force else replace(item, known=manifest.known.get(item.file)) for item in items)
     if engine == "ray": rows = rows_by_ray(known, settings, workers)
@@ -673,6 +676,19 @@ def run_bulk(root: str | os.PathLike, out: str | os.PathLike | None, settings: B
         whole = True
     finally: manifest.close(whole)
     return result
+
+
+def _sweep(items: Sequence[Item]) -> None:
+    "Removes what a run that was killed left under a temporary name (see `write_atomic`) beside the results."
+    places: dict[str, set] = {}
+    for item in items:
+        if not is_url(item.target): places.setdefault(os.path.dirname(item.target), set()).add(os.path.basename(item.target))
+    for folder, names in places.items():
+        try: entries = os.listdir(folder)
+        except OSError: continue
+        for entry in entries:
+            if entry.startswith(".") and entry.endswith(".tmp") and entry[1:].rsplit(".", 2)[0] in names:
+                Path(folder, entry).unlink(missing_ok=True)
 
 
 def _need_ray() -> None:

@@ -143,8 +143,10 @@ def test_killed_and_gone_on(tmp_path):
     assert 8 <= len(found) < 60, "killed too late or never started"
     codec = Codec.from_pretrained("hific-lite", device="cpu")
     for path in found[:4]: codec.decode_latents(path)
+    (out / ".01.hfc.abc123.tmp").write_bytes(b"half")  # what a write leaves that is killed
     result = run_bulk(many, out, CPU)
     assert result.skipped >= len(with_row) >= 4 and result.done + result.skipped == 60 and result.failed == 0
+    assert sorted(p.name for p in out.iterdir()) == [*(f"{i:02}.hfc" for i in range(60)), MANIFEST]
     assert len(table(out)) == 60 and all(not row["error"] for row in table(out).values())
 
 
@@ -193,6 +195,10 @@ def test_a_picture_that_kills_its_worker_is_given_up(tmp_path, monkeypatch):
 def test_a_run_that_cannot_start_says_why(photos, tmp_path, monkeypatch):
     with pytest.raises(BulkError, match="no model 'hific-large'"):
         run_bulk(photos, tmp_path / "x", BulkSettings(model="hific-large", device="cpu"), workers=2)
+    assert not (tmp_path / "x").exists()
+    (photos / MANIFEST).write_text("guest,table\n")  # somebody's
+    with pytest.raises(BulkError, match="no manifest of ours"): run_bulk(photos, None, CPU)
+    assert (photos / MANIFEST).read_text() == "guest,table\n" and not list(photos.rglob("*.hfc"))
     with pytest.raises(BulkError, match="engine"): run_bulk(photos, tmp_path / "x", CPU, engine="spark")
     with pytest.raises(BulkError, match="action"): BulkSettings("shrink")
     monkeypatch.setitem(sys.modules, "ray", None)
