@@ -19,7 +19,7 @@ import tiny
 import torch
 from PIL import Image
 
-from hific_nb.codec import Codec, file_info
+from hific_nb.codec import THUMBNAIL, Codec, file_info
 from hific_nb.coders import CoderUnavailableError, coder_name, get_coder
 from hific_nb.hfc import EXIF, ICC_PROFILE, MAX_NUMBER, MAX_TILE, TILE_UNIT, XMP, HfcReader, layout, pack, unpack
 from hific_nb.hyperprior import read_symbols
@@ -242,7 +242,7 @@ def test_numbers_of_the_specification():
     limits = dict(table("## 12. Limits"))
     assert limits["T"] == str(MAX_TILE) and MAX_NUMBER == 2**31 - 1 and TILE_UNIT == 64 and "units of 64 pixels" in text
     assert limits["width, height, level, size, bytes of a stream or tile"] == "2^31 - 1"
-    assert [row[0].strip("`") for row in table("## 4. Named streams")] == [ICC_PROFILE, EXIF, XMP]
+    assert [row[0].strip("`") for row in table("## 4. Named streams")] == [ICC_PROFILE, EXIF, XMP, THUMBNAIL]
     coders = table("## 6. Coders")
     assert [int(number) for number, _ in coders] == [1, 2, 3] and all(coder_name(k + 1) in coders[k][1].lower() for k in range(3))
 
