@@ -38,8 +38,9 @@ class BulkSettings:
     """What is done to every file of a run.
 
     action: "compress" (pictures to `.hfc`) or "decompress" (`.hfc` to PNG). model: as in `Codec.from_pretrained`; None
-    decompresses each file with the shipped model it names. rate: one of quality, bpp and max_bytes, or none, as in `Codec.compress`.
-    tile, thumbnail, memory, max_pixels, device: as in `Codec`. metrics: also decode what was compressed and compare, which costs a generator's run.
+    decompresses each file with the shipped model it names. rate: one of quality, bpp and max_bytes, or none, as in
+    `Codec.compress`. tile, thumbnail, memory, max_pixels, device: as in `Codec`. metrics: also decode what was compressed and
+    compare, which costs a generator's run.
     force: do all again, and overwrite what is there.
     """
     action: str = "compress"
@@ -104,7 +105,8 @@ def plan(root: Path | str, files: Sequence[Path | str], out: Path | str | None, 
             for f, target in zip(files, output_paths(files, root, out, suffix))]
 
 # %% ../nbs/18_bulk.ipynb #0d55687a
-COLUMNS = ("file", "bytes", "bpp", "psnr", "ms_ssim", "error", "width", "height", "seconds", "output", "source", "settings", "sha256")
+COLUMNS = ("file", "bytes", "bpp", "psnr", "ms_ssim", "error", "width", "height", "seconds", "output", "source", "settings",
+           "sha256")
 MANIFEST = "manifest.csv"
 _PARTS, _PART_SECONDS = "manifest.parts", 10.0
 
@@ -260,7 +262,8 @@ class Worker:
         codec = None if settings.model is None else self._codec(settings.model)
         self.batch = batch or (8 if codec is not None and codec.device.type == "cuda" else 1)
         self.ahead, self.busy = ahead or max(2 * self.batch, self.threads + 1), False
-        if settings.action == "compress" and settings.rate: codec._wanted(*(settings.rate.get(k) for k in ("quality", "bpp", "max_bytes")))
+        if settings.action == "compress" and settings.rate:
+            codec._wanted(*(settings.rate.get(name) for name in ("quality", "bpp", "max_bytes")))
 
     def rows(self, items: Iterable[Item | None]) -> Iterator[dict]:
         """A row of the manifest for each item, in their order; whatever is wrong with one is its `error`.
@@ -363,7 +366,8 @@ class Worker:
         if there is None or s.force: return False
         if not known or known["error"] or known["sha256"] != _digest(there): return False  # compared when it is made
         if known["settings"] != job.figures["settings"]:
-            raise HificError(f"{job.item.target} was made with other settings: give --force to make it again, or --out to write elsewhere.")
+            raise HificError(f"{job.item.target} was made with other settings: give --force to make it again, or --out to write "
+                             "elsewhere.")
         if known["source"] != job.figures["source"] or s.metrics and not (known["psnr"] or known["ms_ssim"]):
             job.there = None  # ours, and out of date
             return False
@@ -481,7 +485,7 @@ class _Process:
     "A worker process and the items in its hands; its rows come through `rows`, then None."
     def __init__(self, settings: BulkSettings, threads: int, rows: queue.Queue):
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads),
-                                    "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2 ** 28)}  # keep freed pages for the next
+                                    "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2 ** 28)}  # pages are kept
         self.items, self.ready = deque(), False
         self.process = subprocess.Popen([sys.executable, "-c", "from hific_nb.bulk import serve; serve()"], text=True,
                                         encoding="utf-8", stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
@@ -586,8 +590,9 @@ def rows_by_ray(items: Iterable[Item], settings: BulkSettings, workers: int | No
         room = int(ray.cluster_resources().get("CPU", 1) // cpus)
         workers = max(1, min(workers or room, -(-len(items) // batch)))
         data = ray.data.from_items([{"item": item} for item in items], override_num_blocks=-(-len(items) // batch))
-        data = data.map_batches(RayWorker, fn_constructor_args=(asdict(settings), max(1, int(cpus))), batch_size=batch, num_cpus=cpus,
-                                num_gpus=gpus or None, compute=ray.data.ActorPoolStrategy(size=workers))  # what dies, it starts again
+        data = data.map_batches(RayWorker, fn_constructor_args=(asdict(settings), max(1, int(cpus))), batch_size=batch,
+                                num_cpus=cpus, num_gpus=gpus or None,
+                                compute=ray.data.ActorPoolStrategy(size=workers))  # what dies, it starts again
         for row in data.iter_rows(): yield json.loads(row["row"])
     except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError) as error:
         reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
@@ -639,9 +644,10 @@ def run_bulk(root: str | os.PathLike, out: str | os.PathLike | None, settings: B
              on_row: Callable[[dict, int, int], None] | None = None) -> BulkResult:
     """Do what `settings` say to every file below `root`, and keep `manifest.csv` in `out`, or in `root` where that is None.
 
-    root, out: folders or addresses; files: those below `root`, where they were looked for before. The same call goes on where one was stopped. engine: "local", or "ray". workers: processes or
-    actors; None takes one for each core, and 1 where a GPU or few files make this process the faster one. on_row(row, k, n) is called
-    after each of the n files. A file that fails has an `error` in its row; what keeps the run from starting raises `HificError`.
+    root, out: folders or addresses; files: those below `root`, where they were looked for before. The same call goes on where
+    one was stopped. engine: "local", or "ray". workers: processes or actors; None takes one for each core, and 1 where a GPU or
+    few files make this process the faster one. on_row(row, k, n) is called after each of the n files. A file that fails has an
+    `error` in its row; what keeps the run from starting raises `HificError`.
     """
     if engine not in ENGINES: raise BulkError(f"The engine must be one of {', '.join(ENGINES)}, not {engine!r}.")
     if engine == "ray": _need_ray()
