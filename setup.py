@@ -69,7 +69,7 @@ setup(
     extras_require=extras,
     packages=find_packages(include=[name, f"{name}.*"]),
     include_package_data=False,
-    package_data={name: [f"models/**/*.{suffix}" for suffix in ("json", "safetensors", "md")]},
+    package_data={name: [f"models/**/*.{suffix}" for suffix in ("json", "safetensors", "md", "jpg")]},
     entry_points={"console_scripts": s["console_scripts"].split()},
     cmdclass={"build_py": BuildWithNotebooks},
     zip_safe=False,

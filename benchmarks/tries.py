@@ -41,7 +41,7 @@ def dead_zone(args, lpips):
             for photo, analysis in zip(photos, analysed):
                 plain = codec._quantize(analysis, level)
                 y = analysis[0] * codec._gains[0][level]
-                mean = codec._predict(torch.from_numpy(plain.hyperlatents)[None].float(), y.shape[2:])[0]
+                mean = codec.model.Hyperprior.means(torch.from_numpy(plain.hyperlatents)[None].float(), y.shape[2:])
                 rest = y - mean
                 symbols = rest.sign() * (rest.abs() + 0.5 - width).floor()
                 latents = replace(plain, symbols=symbols[0].to(torch.int32).numpy(), y_hat=codec._unscaled(mean + symbols, level))

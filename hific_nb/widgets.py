@@ -746,7 +746,9 @@ class PictureFiles:
         return side
 
     def ours(self, level: int | None = None) -> Side:
-        "Our file at a level (None for a model of one rate), and what it decodes to."
+        "Our file at a level (None for the default, or of a model of one rate), and what it decodes to."
+        if level is None and self.codec.levels: level = self.codec.level_of()
+
         def make() -> Side:
             with self._analysis_lock:
                 if self._analysis is None: self._analysis = self.codec._analyse(self.image, {})

@@ -38,7 +38,7 @@ class UnknownModelError(HificError, LookupError):
 
 
 MODELS_FOLDER = Path(str(files("hific_nb"))).resolve()/"models"
-ALIASES = {"hific-lite": "hific-lite-v0"}  # a name without a version is the newest version
+ALIASES = {"hific-lite": "hific-lite-base-v1", "hific-lite-base": "hific-lite-base-v1"}  # without a version: the newest
 
 # %% ../nbs/12_zoo.ipynb #c4523758
 _UNITS = dict(bpp="{:.3f} bpp", psnr="{:.2f} dB PSNR", ms_ssim="{:.4f} MS-SSIM", lpips_alex="{:.4f} LPIPS (Alex)",
