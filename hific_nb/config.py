@@ -374,6 +374,7 @@ class Objective(_Record):
     rate_warmup: share of the steps in which the target is `warmup_target` times and lambda `warmup_lambda` times as large.
     lambda_lowest_rate, lambda_highest_rate: lambda at the first and the last level of a model with rate levels, which is
         trained without the switch.
+    level_balance: the power of its lambda that each level's Lagrangian is divided by, 0 ... 1: the more, the more high rates count.
     """
     target_bpp: float = 0.14
     lambda_above: float = 2.0
@@ -388,6 +389,7 @@ class Objective(_Record):
     beta: float = 0.15
     lambda_lowest_rate: float = 6.0
     lambda_highest_rate: float = 0.04
+    level_balance: float = 0.5
 
     def _check(self):
         _require(0.001 <= self.target_bpp <= 24, "target_bpp must lie in 0.001 ... 24 bits per pixel.")
@@ -395,6 +397,7 @@ class Objective(_Record):
             _require(getattr(self, name) > 0, f"{name} must be above 0.")
         for name in ("k_M", "k_P", "beta"): _require(getattr(self, name) >= 0, f"{name} must not be negative.")
         if self.perceptual not in PERCEPTUAL: raise _unknown("perceptual distance", self.perceptual, PERCEPTUAL)
+        _require(0 <= self.level_balance <= 1, "level_balance must lie in 0 ... 1.")
         _require(0 <= self.rate_warmup < 1, "rate_warmup is a share of the steps: 0 <= rate_warmup < 1.")
 
     @classmethod

@@ -117,8 +117,8 @@ def rate_distortion_loss(out: dict[str, Tensor], x: Tensor, objective: Objective
     perceptual: (recon, x) -> (B,) distances. adversarial: loss of the generator against a discriminator, a scalar or (B,).
     Without levels, lambda is the switch of Mentzer et al. 2020: the *quantized* rate of the batch decides on it (`batch_bpp`
     where these images are a part of the batch), the *noisy* rate is penalized. With `levels`, the number of a model's rate
-    levels, every image has the lambda of its level, and
-    its Lagrangian is divided by the root of that lambda, so that no end of the range drowns the other.
+    levels, every image has the lambda of its level, and its Lagrangian is divided by lambda ** `objective.level_balance`, by its
+    root unless you say otherwise, so that no end of the range drowns the other.
     The parts, floats: loss, bpp (quantized), bpp_noisy, mse, psnr (dB, of the batch's mean MSE), lmbda, and `perceptual` and
     `adversarial` where they are given.
     """
@@ -132,7 +132,7 @@ def rate_distortion_loss(out: dict[str, Tensor], x: Tensor, objective: Objective
         means["adversarial"], distance = adversarial.mean(), distance + objective.beta * adversarial
     if levels:
         weight = objective.lambda_of_level(out["level"], levels)
-        loss = ((weight * out["bpp_noisy"] + distance) / weight.sqrt()).mean()
+        loss = ((weight * out["bpp_noisy"] + distance) / weight ** objective.level_balance).mean()
         means["lmbda"] = weight.mean()
     else:
         weight = objective.lambda_at(means["bpp"].item() if batch_bpp is None else batch_bpp, progress)
