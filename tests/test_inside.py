@@ -43,7 +43,7 @@ def one_thread(): torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
-def lite(): return Codec.from_pretrained(device="cpu", dtype=torch.float32)
+def lite(): return Codec.from_pretrained("hific-lite-v0", device="cpu", dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")

@@ -73,7 +73,7 @@ def test_wheel_holds_modules_models_jobs_and_explorers(wheel, source):
                      for path in (ROOT / "nbs" / folder).glob("*.ipynb")}
     models = ROOT / "hific_nb" / "models"
     expected |= {f"hific_nb/{path.relative_to(ROOT / 'hific_nb').as_posix()}": path for path in models.rglob("*.*")
-                 if path.suffix in (".json", ".safetensors", ".md")}
+                 if path.suffix in (".json", ".safetensors", ".md", ".jpg")}
     assert {name for name in packed if name.startswith("hific_nb/")} == set(expected)
     for name, path in expected.items():
         assert packed[name] == path.read_bytes(), name
