@@ -1063,13 +1063,8 @@ def _explorer_class():
 
         def add_picture(self, name: str, source) -> bool:
             "Add a picture (PIL image, path or bytes) and show it; where it cannot be read, the page says so and nothing changes."
-            try: image = read_image(source, MAX_PIXELS)
-            except HificError as error:
-                text = f"{name}: {error}"
-                self.said.value = f'<b role="alert" style="color: #c00000">{html.escape(text)}</b>'
-                return False
-            while name in self.pictures: name += " (again)"
-            self.pictures[name] = image
+            name = _take_picture(self, name, source)
+            if name is None: return False
             self._choosing = True  # a menu with new options falls back to its first: no question of anybody's
             try: self.chooser.options, self.picture = list(self.pictures), name
             finally: self._choosing = False
@@ -1222,6 +1217,18 @@ def bitrate_explorer(model="hific-lite", picture=None, max_pixels: int = 2 ** 21
     make = _explorer_class()
     codec = model if isinstance(model, Codec) else Codec.from_pretrained(model)
     return make(codec, _menu(picture), max_pixels, background)
+
+
+def _take_picture(explorer, name: str, source) -> str | None:
+    "Put a picture among an explorer's, and say under which name; None, and a sentence on its page, where it cannot be read."
+    try: image = read_image(source, MAX_PIXELS)
+    except HificError as error:
+        text = f"{name}: {error}"
+        explorer.said.value = f'<b role="alert" style="color: #c00000">{html.escape(text)}</b>'
+        return None
+    while name in explorer.pictures: name += " (again)"
+    explorer.pictures[name] = image
+    return name
 
 
 def _menu(picture=None) -> dict[str, Path]:
@@ -2240,13 +2247,8 @@ def _inside_class():
 
         def add_picture(self, name: str, source) -> bool:
             "Add a picture (PIL image, path or bytes) and show it; where it cannot be read, the page says so and nothing changes."
-            try: image = read_image(source, MAX_PIXELS)
-            except HificError as error:
-                text = f"{name}: {error}"
-                self.said.value = f'<b role="alert" style="color: #c00000">{html.escape(text)}</b>'
-                return False
-            while name in self.pictures: name += " (again)"
-            self.pictures[name] = image
+            name = _take_picture(self, name, source)
+            if name is None: return False
             donor = self.donor
             with self.hold_trait_notifications():
                 self.chooser.options = list(self.pictures)
