@@ -433,6 +433,7 @@ class TrainConfig(_Record):
     batch_size: images of a step over all processes; each process takes its share in `accumulate` parts, one after the other.
     train_encoder: False trains the generator alone, for the latents of the model that was warm-started from.
     discriminator_channels: widths of its strided convolutions (Mentzer et al. 2020: 64, 128, 256, 512).
+    discriminator_rate: its learning rate as a multiple of the model's (Heusel et al. 2017 give it the higher one).
     lr_schedule: "step" is the paper's (x `lr_drop` from share `lr_drop_at` on), "cosine" falls to `lr_drop` times the rate.
     warmup_steps: linear rise of the learning rate at the start. grad_clip: bound of the gradient norm, 0 for none.
     ema_decay: decay of the averaged weights that are kept as the model, 0 for none.
@@ -448,6 +449,7 @@ class TrainConfig(_Record):
     accumulate: int = 1
     train_encoder: bool = True
     discriminator_channels: tuple = (64, 128, 256, 512)
+    discriminator_rate: float = 1.0
     learning_rate: float = 1e-4
     lr_schedule: str = "step"
     lr_drop_at: float = 0.5
@@ -468,6 +470,7 @@ class TrainConfig(_Record):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1.")
         _require(self.crop_size % 16 == 0 and self.crop_size >= 64, "crop_size must be a multiple of 16, at least 64.")
         _require(0 < self.learning_rate < 1, "learning_rate must lie between 0 and 1.")
+        _require(self.discriminator_rate > 0, "discriminator_rate must be above 0.")
         channels = _positive_ints(self.discriminator_channels, "discriminator_channels")
         _require(min(channels) >= 1, "discriminator_channels must all be at least 1.")
         object.__setattr__(self, "discriminator_channels", channels)

@@ -285,8 +285,9 @@ class Trainer:
         return record | dict(learning_rate=rate, skipped=self.skipped)
 
     def _update(self, rate: float) -> None:
-        optimizers = [self.optimizer] + ([self.critic_optimizer] if self.discriminator is not None else [])
-        for optimizer in optimizers:
+        rates = [(self.optimizer, rate)]
+        if self.discriminator is not None: rates.append((self.critic_optimizer, rate * self.config.discriminator_rate))
+        for optimizer, rate in rates:
             for group in optimizer.param_groups: group["lr"] = rate
             optimizer.step()
         if self.averaged is not None: self.averaged.update_parameters(self.model)

@@ -183,6 +183,18 @@ def test_stage_2_on_a_frozen_encoder_reads_the_files_of_stage_1(photos, uninterr
     assert np.array_equal(decoded.symbols, codecs[1].encode_latents(photo).symbols)
 
 
+def test_the_discriminator_has_a_learning_rate_of_its_own():
+    torch.manual_seed(0)
+    start, moved = Trainer(Model(TINY), OBJECTIVE, SHORT.replace(**CRITIC)), []
+    for rate in (1.0, 4.0):
+        trainer = Trainer(Model(TINY), OBJECTIVE, SHORT.replace(warmup_steps=0, discriminator_rate=rate, **CRITIC))
+        trainer.load_state_dict(start.state_dict())
+        trainer(torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)))
+        moved.append([(weights_of(getattr(trainer, part)) - weights_of(getattr(start, part))).abs().max().item()
+                      for part in ("model", "discriminator")])
+    assert moved[0][0] == moved[1][0] > 0 and moved[1][1] > 3 * moved[0][1] > 0
+
+
 def test_steps_that_are_no_numbers_are_skipped_then_stop_the_run(photos, tmp_path, monkeypatch):
     objective = OBJECTIVE.replace(k_M=1e38)  # infinite gradients from some errors on
     with pytest.raises(TrainingError, match="10 steps one after the other.*learning rate"):
