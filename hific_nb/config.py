@@ -433,6 +433,7 @@ class TrainConfig(_Record):
     batch_size: images of a step over all processes; each process takes its share in `accumulate` parts, one after the other.
     train_encoder: False trains the generator alone, for the latents of the model that was warm-started from.
     discriminator_channels: widths of its strided convolutions (Mentzer et al. 2020: 64, 128, 256, 512).
+    spectral_norm: of its convolutions (Miyato et al. 2018, as in HiFiC); without it, it learns faster, and may win.
     discriminator_rate: its learning rate as a multiple of the model's (Heusel et al. 2017 give it the higher one).
     lr_schedule: "step" is the paper's (x `lr_drop` from share `lr_drop_at` on), "cosine" falls to `lr_drop` times the rate.
     warmup_steps: linear rise of the learning rate at the start. grad_clip: bound of the gradient norm, 0 for none.
@@ -449,6 +450,7 @@ class TrainConfig(_Record):
     accumulate: int = 1
     train_encoder: bool = True
     discriminator_channels: tuple = (64, 128, 256, 512)
+    spectral_norm: bool = True
     discriminator_rate: float = 1.0
     learning_rate: float = 1e-4
     lr_schedule: str = "step"
