@@ -648,7 +648,7 @@ def continue_run(run: str | os.PathLike, on_record: Callable[[dict], None] | Non
         if team.rank == 0:
             for rest in (run/"checkpoints").glob(".*.tmp"): rest.unlink()  # of a process that was killed
             _drop_records_after(run/"metrics.jsonl", trainer.step)
-            _note(run, memory=need)
+            _note(run, memory=need, processes=team.world)
         team.wait()
         _loop(run, trainer, about, seconds, on_record)
         if team.rank == 0:
@@ -748,6 +748,28 @@ def _launch_command(run: Path, processes: int) -> list[str]:
             "-m", "hific_nb.training", os.fspath(run)]
 
 
+def _launched_alone(environment: dict) -> bool:
+    "Whether `accelerate launch` was asked for several processes and started this one alone, as it does without GPUs."
+    several = {"WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"} & environment.keys()
+    return {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= environment.keys() and not several
+
+
+def _as_meant(launched: list[str]) -> list[str]:
+    "The command line of an `accelerate launch` that starts all of its processes on CPUs, too; without their number, `TrainingError`."
+    numbers = [i for i, word in enumerate(launched) if word.replace("-", "_").split("=")[0] == "__num_processes"]
+    if not numbers or "--multi_gpu" in launched:
+        raise TrainingError("accelerate launch started one process though several were asked for: give it --multi_gpu in place "
+                            "of --cpu, also without GPUs.")
+    launched = [*launched[:numbers[0]], "--multi_gpu", *launched[numbers[0]:]]
+    return [word for word in launched if word != "--cpu"]
+
+
+def _parents_command() -> list[str]:
+    "The command line of the process that started this one; empty where that cannot be told."
+    try: return [os.fsdecode(word) for word in Path(f"/proc/{os.getppid()}/cmdline").read_bytes().split(b"\0")[:-1]]
+    except OSError: return []
+
+
 def _train_in_processes(run: Path, processes: int, on_record: Callable | None) -> Path:
     "Start the processes of a run, give each new line of its log to `on_record`, and return when they have ended."
     path, seen, child = run/"metrics.jsonl", 0, None
@@ -785,7 +807,12 @@ def main(arguments: list[str] | None = None) -> int:
     if len(arguments) != 1:
         print("usage: python -m hific_nb.training RUN, the folder of a run (see prepare_run)", file=sys.stderr)
         return 2
-    try: continue_run(arguments[0], lambda record: print(record_line(record), flush=True))
+    try:
+        if _launched_alone(os.environ):
+            command = _as_meant(_parents_command())
+            sys.stdout.flush()
+            os.execvp(command[0], command)  # in this process' place
+        continue_run(arguments[0], lambda record: print(record_line(record), flush=True))
     except HificError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1

@@ -16,7 +16,8 @@ import torch
 from hific_nb.config import HificError, ModelConfig, Objective, TrainConfig
 from hific_nb.data import PhotoCrops, sample_photo
 from hific_nb.model import Model, load_model
-from hific_nb.training import Trainer, TrainingError, _launch_command, check_memory, prepare_run, step_memory, train
+from hific_nb.training import (
+    Trainer, TrainingError, _as_meant, _launch_command, _launched_alone, check_memory, prepare_run, step_memory, train)
 
 TINY = ModelConfig(transform="light", channels=(8, 8, 12, 16), encoder_blocks=(0, 0, 1, 1), generator_blocks=(0, 0, 1, 1),
                    latent_channels=16, hyperprior_channels=8)
@@ -400,6 +401,30 @@ def test_two_processes_resume_where_they_were_stopped(photos, tmp_path):
     ours, theirs = ({r["step"]: r["loss"] for r in records(folder)} for folder in (run, straight))
     assert list(theirs) == list(range(1, last + 1)) and set(seen) < set(ours) <= set(theirs)  # a signal may cut off a line
     assert np.allclose(list(ours.values()), [theirs[step] for step in ours], rtol=1e-4)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="how a process was launched is read from /proc")
+def test_accelerate_launch_on_cpus_starts_as_many_as_asked(photos, tmp_path):
+    """`accelerate launch --cpu --num_processes 2`, which by itself starts one process and says nothing."""
+    run = prepare_run(tmp_path / "run", photos, TINY, OBJECTIVE, SHORT.replace(n_steps=2), device="cpu")
+    command = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0"]
+    done = subprocess.run([sys.executable, *command, "-m", "hific_nb.training", run], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step 2, loss") == 1 and (run / "model" / "config.json").exists()
+    assert json.loads((run / "run.json").read_text())["processes"] == 2
+
+
+def test_what_accelerate_launch_was_asked_for():
+    alone = {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "10.0.0.1"}
+    assert _launched_alone(alone)
+    for others in ({"WORLD_SIZE": "2"}, {"PMI_SIZE": "2"}): assert not _launched_alone(alone | others)
+    assert not _launched_alone({"MASTER_ADDR": "10.0.0.1"})  # of something else than Accelerate
+    start = ["python", "accelerate", "launch"]
+    rest = ["--num-processes=4", "-m", "hific_nb.training", "outputs/base"]
+    assert _as_meant([*start, "--cpu", *rest]) == [*start, "--multi_gpu", *rest]
+    for launched in ([], [*start, "--cpu", "train.py"], [*start, "--multi_gpu", "--num_processes", "2", "train.py"]):
+        with pytest.raises(TrainingError, match="--multi_gpu in place"): _as_meant(launched)
 
 
 def test_the_shipped_models_photos_are_held_back_alike(shared):
