@@ -130,7 +130,7 @@ def load_warm_start(source: str | os.PathLike) -> tuple[Model, torch.nn.Module |
     model, critic = load_model(path/"model"), None
     config = TrainConfig.from_dict(_read_run(path)["train"])
     if config.model_type == "compression_gan" and (state := _newest_checkpoint(path, "cpu")) is not None:
-        critic = Discriminator(model.config.latent_channels, config.discriminator_channels)
+        critic = Discriminator(model.config.latent_channels, config.discriminator_channels, spectral=config.spectral_norm)
         critic.load_state_dict(state["discriminator"])
         critic.normalize_input_image = state["discriminator_range"]
     return model, critic
@@ -208,7 +208,8 @@ class Trainer:
         self.discriminator = None
         if config.model_type == "compression_gan":
             gan_losses(objective.gan_loss)  # an unknown name is refused before anything runs
-            self.discriminator = Discriminator(model.config.latent_channels, config.discriminator_channels)
+            self.discriminator = Discriminator(model.config.latent_channels, config.discriminator_channels,
+                                               spectral=config.spectral_norm)
             self.discriminator.to(self.device, memory_format=torch.channels_last).train()
             self.critics = list(self.discriminator.parameters())
             self.critic_optimizer = self._adam(self.critics)
