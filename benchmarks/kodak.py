@@ -1,15 +1,18 @@
 """Rate and quality of a model on a folder of photos, from real files: the figures of the model cards.
 
-    python benchmarks/kodak.py --model hific-lite --photos ../shared/data/kodak [--card hific_nb/models/hific-lite-v0]
+    python benchmarks/kodak.py --model hific-lite --photos ../shared/data/kodak [--card hific_nb/models/hific-lite-base-v1]
 
 By `hific_nb.evaluation`, so it may be killed and started again. Beside what that measures, it fails unless the decoded
 symbols are those that were coded, and every file is at most its ideal length x 1.005 + 40 bytes. With --card, the
-means are written into card.json of that model folder. Models with rate levels: --qualities, and a row of figures for each.
+means are written into card.json of that model folder, and the table below "## Figures" in its README.md is made anew. What the
+card says of the same weights and photos, at other qualities and by other metrics, stays: a slow metric may be measured at a
+few qualities. Models with rate levels: --qualities, and a row of figures for each.
 """
 
 import argparse
 import hashlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -39,6 +42,34 @@ def check(result, codec):
     return ideals, wrong
 
 
+def write_card(folder, fingerprint, photos, points, description=None):
+    """The means into card.json of a model folder, and into the table of its README.md.
+
+    photos: dict(dataset, photos). points: a dict of means for each quality, of models with rate levels with `quality`.
+    """
+    from hific_nb.model import load_model
+    from hific_nb.zoo import figures_table, model_info
+
+    model, path = load_model(folder), folder/"card.json"
+    card = json.loads(path.read_text()) if path.exists() else {}
+    known, before = card.get("figures", {}), {}
+    if card.get("fingerprint") == fingerprint and photos.items() <= known.items():
+        before = {point.get("quality"): point for point in known.get("levels") or [known]}
+    for point in points: before[point.get("quality")] = before.get(point.get("quality"), {}) | point
+    rows = sorted(before.values(), key=lambda point: point["bpp"])
+    middle = {key: value for key, value in rows[len(rows) // 2].items() if key != "quality"}
+    figures = photos | middle | (dict(levels=rows) if "quality" in rows[0] else {})
+    card |= dict(fingerprint=fingerprint, parameters=sum(p.numel() for p in model.parameters()),
+                 weights_sha256=hashlib.sha256((folder/"weights.safetensors").read_bytes()).hexdigest(), figures=figures)
+    if description: card["description"] = description
+    write_atomic(path, (json.dumps(card, indent=2) + "\n").encode())
+    if not (readme := folder/"README.md").exists(): return
+    text, table = readme.read_text(), figures_table(model_info(folder))
+    made, found = re.subn(r"(## Figures\n[^|#]*)(\|.*\n)+", lambda m: m[1] + table + "\n", text, count=1)
+    if not found: sys.exit(f"{readme} has no table below '## Figures': put one there, or delete the file.")
+    write_atomic(readme, made.encode())
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="hific-lite")
@@ -46,6 +77,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("outputs/kodak"))
     parser.add_argument("--qualities", type=float, nargs="+", help="for a model with rate levels")
     parser.add_argument("--metrics", nargs="+", help="default: all whose weights are here")
+    parser.add_argument("--features", help="for Fréchet and kernel distances: vgg16, or the path of Inception's weights")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--device")
     parser.add_argument("--card", type=Path)
@@ -54,27 +86,20 @@ def main():
     codec = Codec.from_pretrained(args.model, device=args.device)
     print(codec)
     result = evaluate(args.photos, {"model": codec}, args.out, qualities={"model": args.qualities} if args.qualities else None,
-                      metrics=args.metrics, workers=args.workers, device=args.device,
+                      metrics=args.metrics, features=args.features, workers=args.workers, device=args.device,
                       progress=lambda done, total, name: print(f"{done} of {total}: {name}", file=sys.stderr))
     result.save()
     ideals, wrong = check(result, codec)
     rows = result.summary()
     for row in rows:
         row["ideal_bpp"] = float(np.mean([v for v, r in zip(ideals, result.records) if r["quality"] == row["quality"]]))
-    names = ("bpp", "ideal_bpp", *result.metrics)
+    names = ("bpp", "ideal_bpp", *result.measured(rows))
     means = [{name: round(row[name], 4) for name in names if row[name] is not None} for row in rows]
     for row, mean in zip(rows, means): print(f"quality {row['quality']}: mean of {row['photos']} photos: {mean}")
     if args.card:
-        from hific_nb.model import load_model
-
-        model = load_model(args.card)
-        card = json.loads((args.card/"card.json").read_text()) if (args.card/"card.json").exists() else {}
-        figures = dict(dataset=args.photos.name, photos=rows[0]["photos"], **means[len(means) // 2])
-        if len(rows) > 1: figures["levels"] = [dict(quality=row["quality"], **mean) for row, mean in zip(rows, means)]
-        card |= dict(fingerprint=codec.fingerprint.hex(), parameters=sum(p.numel() for p in model.parameters()),
-                     weights_sha256=hashlib.sha256((args.card/"weights.safetensors").read_bytes()).hexdigest(), figures=figures)
-        if args.description: card["description"] = args.description
-        write_atomic(args.card/"card.json", (json.dumps(card, indent=2) + "\n").encode())
+        points = [mean if row["quality"] is None else dict(quality=row["quality"], **mean) for row, mean in zip(rows, means)]
+        write_card(args.card, codec.fingerprint.hex(), dict(dataset=args.photos.name, photos=rows[0]["photos"]), points,
+                   args.description)
     sys.exit(1 if wrong or result.failed else 0)
 
 
