@@ -37,7 +37,7 @@ from .config import HificError, is_url, local_or_url, read_file, write_atomic
 from .data import find_images, image_to_tensor, read_image, split_alpha
 from .metrics import InceptionFeatures, bpp, frechet_distance, kernel_distance, ms_ssim, patches, psnr
 from .perceptual import FeatureStack, LPIPS, PerceptualError, find_weights
-from .zoo import UnknownModelError, list_models
+from .zoo import UnknownModelError, WithdrawnModelError, list_models
 
 # %% ../nbs/16_evaluation.ipynb #15969b5b
 class EvaluationError(HificError, ValueError):
@@ -295,6 +295,7 @@ def _load(spec, device: str | None, max_pixels: int):
     if not isinstance(spec, (str, os.PathLike)): return spec, getattr(spec, "name", None) or type(spec).__name__
     if str(spec) in BASELINES: return get_baseline(str(spec)), str(spec)
     try: codec = Codec.from_pretrained(spec, device=device, max_pixels=max_pixels)
+    except WithdrawnModelError: raise
     except UnknownModelError:
         known = ", ".join([*BASELINES, *(m.name for m in list_models())])
         raise EvaluationError(f"There is no codec {os.fspath(spec)!r}: it is neither a model folder here nor one of {known}."

@@ -57,8 +57,11 @@ def _codec_to_read(fingerprint: bytes):
         if fingerprint in _CODECS: return _CODECS[fingerprint]
         name = _shipped().get(fingerprint.hex())
         if name is None:
-            raise HfcImageError(f"The file was written with a model that is not shipped (fingerprint {fingerprint.hex()}): give "
-                                "that model to hific_nb.pillow.use_codec(Codec.from_pretrained(...)) first.")
+            from hific_nb.zoo import WITHDRAWN
+            gone = [str(model) for model in WITHDRAWN.values() if model.fingerprint == fingerprint.hex()]
+            raise HfcImageError(*gone or [
+                f"The file was written with a model that is not shipped (fingerprint {fingerprint.hex()}): give that model to "
+                "hific_nb.pillow.use_codec(Codec.from_pretrained(...)) first."])
         return _load_codec(name)
 
 

@@ -21,7 +21,9 @@ from hific_nb.data import find_images, image_to_tensor, read_image, sample_photo
 from hific_nb.evaluation import (DISTS, KODAK_FIGURES, METRICS, EvaluationError, Metric, Records, VGG16Features, bd_rate, evaluate,
                                  find_contenders, find_metrics, patch_features, rate_difference, register_metric)
 from hific_nb.metrics import bpp, frechet_distance, kernel_distance, ms_ssim, patches, psnr
-from tiny import tiny_codec
+from hific_nb.zoo import save_pretrained
+
+from tiny import tiny_codec, tiny_model
 
 FEW = {"jpeg": [10, 30, 60, 85], "webp": [5, 30, 60, 85]}
 STABLE = ("photo", "codec", "quality", "bytes", "bpp", "psnr", "ms_ssim", "files")
@@ -401,7 +403,8 @@ def test_the_job(photos, tmp_path):
     for p in find_images(photos)[:2]: (folder / p.name).write_bytes(p.read_bytes())
     (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     run = tmp_path / "run"
-    settings = dict(input=folder, models="hific-lite-v0", baselines="jpeg, webp", qualities="jpeg=5,15,40,80; webp=10,70",
+    model = save_pretrained(tiny_model(), tmp_path / "one-rate")
+    settings = dict(input=folder, models=model, baselines="jpeg, webp", qualities="jpeg=5,15,40,80; webp=10,70",
                     metrics="psnr, ms_ssim", workers=2)
     done, cells = run_job(run, settings, tmp_path)
     assert done.returncode == 0, done.stderr
@@ -411,7 +414,7 @@ def test_the_job(photos, tmp_path):
     assert {"records.csv", "summary.csv", "curves.png", "records.jsonl", "files"} <= {p.name for p in run.iterdir()}
     outputs = [o.get("data", {}) for cell in cells for o in cell.get("outputs", [])]
     text = "\n".join("".join(data.get("text/markdown", "")) for data in outputs)
-    assert "| hific-lite-v0 | - |" in text and "broken.png" in text and "bits against jpeg" in text
+    assert "| one-rate | - |" in text and "broken.png" in text and "bits against jpeg" in text
     assert sum("image/png" in data for data in outputs) >= 3  # curves, the comparison, and the slider's still
     assert "application/vnd.jupyter.widget-view+json" in cells[-1]["outputs"][-1]["data"]
 
