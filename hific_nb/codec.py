@@ -35,15 +35,16 @@ from torch.nn import functional as F
 from .coders import CoderUnavailableError, Decoder, UnknownCoderError, coder_name, get_coder
 from .config import REGIMES, HificError, ModelConfig, file_size, is_url, open_file, write_atomic
 from .data import ImageError, read_image, split_alpha, tensor_to_image
-from .hfc import (ICC_PROFILE, TILE_UNIT, CorruptError, HfcError, HfcFile, HfcReader, Tile, TooLargeError, check_model,
-                          pack, read_hfc, write_hfc)
+from .hfc import (ICC_PROFILE, TILE_UNIT, CorruptError, HfcError, HfcFile, HfcReader, ModelMismatchError, Tile,
+                          TooLargeError, check_model, pack, read_hfc, write_hfc)
 from .hyperprior import (HYPER_DOWNSAMPLING, HYPERLATENT_BOUND, PredictedMixtures, exact_synthesis, read_symbols,
                                  symbol_parts)
 from .metrics import bpp, image_metrics
 from .model import GAIN_UNIT, Coding, Model, model_fingerprint
 from .rans import CodingError, CorruptStreamError
 from .transforms import DOWNSAMPLING, reach
-from .zoo import find_model, list_models, load_pretrained, model_info, name_of_fingerprint, save_pretrained
+from .zoo import (UnknownModelError, find_model, list_models, load_pretrained, model_info, name_of_fingerprint,
+                          save_pretrained)
 
 # %% ../nbs/13_codec.ipynb #da46a12e
 MAX_PIXELS = 2 ** 27  # 134 megapixels: the default guard of both directions, between Pillow's warning and its refusal
@@ -363,6 +364,7 @@ class Codec:
             torch.from_numpy(gains).to(self.device).float()[:, None, :, None, None] * GAIN_UNIT
             for gains in (self.coding.gains, self.coding.inverse_gains)]  # (levels, 1, C, 1, 1), exact in float32
         self._given, self._readable = model, {self.fingerprint}  # the fingerprints whose files are read
+        self._foreign: set[str] = set()  # shipped models whose files it cannot read
         self.model = copy.deepcopy(model).eval().requires_grad_(False).to(self.device)
         parts = [part.to(dtype, memory_format=torch.channels_last) for part in (self.model.Encoder, self.model.Generator)]
         self._encoder, self._generator = (_cuts(part, dtype.itemsize) for part in parts)
@@ -779,7 +781,7 @@ class Codec:
 
         For a generator that was fine-tuned on frozen latents (`TrainConfig.train_encoder=False`). other: a model, or what
         `from_pretrained` takes. Raises `CodecError` unless config, hyperprior, tables and gains are the same:
-        nothing else decides which latents a file holds.
+        nothing else decides which latents a file holds. The files of a shipped model need no such call.
         """
         model = other if isinstance(other, Model) else load_pretrained(other)
         coding = getattr(model, "coding", None) or Coding.from_model(model)
@@ -808,10 +810,19 @@ class Codec:
         return Latents(file.width, file.height, symbols, z[0].to(torch.int32).cpu().numpy(), indexes, y_hat, alpha, file.level,
                        file.streams)
 
+    def _meet(self, file: HfcFile) -> None:
+        "Read the files of the shipped model that wrote this one, if their latents are this model's; else say which model to take."
+        needs = name_of_fingerprint(file.fingerprint)
+        if needs is not None and needs not in self._foreign:
+            try: self.read_files_of(needs)
+            except UnknownModelError as error: raise ModelMismatchError(str(error)) from None  # it was withdrawn
+            except CodecError: self._foreign.add(needs)
+            else: return
+        check_model(file, self.fingerprint, self.name or "this model", needs)
+
     def _check_file(self, file: HfcFile) -> tuple[int, int]:
         "(h, w) of the latents of a file, which this model can read; else the error that says why not."
-        if file.fingerprint not in self._readable:
-            check_model(file, self.fingerprint, self.name or "this model", name_of_fingerprint(file.fingerprint))
+        if file.fingerprint not in self._readable: self._meet(file)
         if (file.level is not None) != bool(self.levels) or self.levels and file.level >= self.levels:
             has = f"levels 0 to {self.levels - 1}" if self.levels else "one rate"
             names = "no rate level" if file.level is None else f"the rate level {file.level}"

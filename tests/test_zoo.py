@@ -5,17 +5,24 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from hific_nb.codec import Codec, CodecError
-from hific_nb.hfc import ModelMismatchError
+import hific_nb.pillow  # noqa: F401 - opens .hfc files
+from hific_nb import zoo
+from hific_nb.cli import main
+from hific_nb.codec import Codec, CodecError, file_info
+from hific_nb.evaluation import find_contenders
+from hific_nb.hfc import ModelMismatchError, pack, read_hfc
 from hific_nb.model import ModelError, load_model, model_fingerprint
-from hific_nb.zoo import (ALIASES, MODEL_FILES, HubError, UnknownModelError, list_models, load_pretrained, model_folder, model_info,
-                          name_of_fingerprint, save_pretrained)
+from hific_nb.training import load_warm_start
+from hific_nb.zoo import (ALIASES, MODEL_FILES, WITHDRAWN, HubError, UnknownModelError, WithdrawnModelError, figures_table,
+                          list_models, load_pretrained, model_folder, model_info, name_of_fingerprint, save_pretrained)
 
 from tiny import LEVELS, draw, tiny_codec, tiny_model
 
@@ -23,8 +30,48 @@ MODELS = list_models()
 
 
 def test_models_are_shipped():
-    assert "hific-lite-v0" in {m.name for m in MODELS}
+    assert "hific-lite-base-v1" in {m.name for m in MODELS}
     assert all(model_folder(alias).name == name for alias, name in ALIASES.items())
+
+
+GONE = WITHDRAWN["hific-lite-v0"]
+SENTENCE = ("The model 'hific-lite-v0' was withdrawn from the package: take 'hific-lite' for new files. For old ones, `git "
+            "checkout 970d475707fa -- hific_nb/models/hific-lite-v0` in a clone of the repository brings its folder back.")
+
+
+def test_a_withdrawn_model_says_where_it_is(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert GONE.name not in {m.name for m in MODELS} and model_folder(GONE.instead).is_dir()
+    for ask in (Codec.from_pretrained, load_pretrained, model_info, load_warm_start, lambda name: find_contenders([name])):
+        with pytest.raises(WithdrawnModelError) as error: ask(GONE.name)
+        assert str(error.value) == SENTENCE
+    save_pretrained(tiny_model(), tmp_path / GONE.name)  # a folder of that name is a folder
+    assert Codec.from_pretrained(GONE.name, device="cpu").fingerprint == tiny_codec().fingerprint
+
+
+def test_a_file_of_a_withdrawn_model(monkeypatch, tmp_path, capsys):
+    codec = tiny_codec()
+    data = pack(replace(read_hfc(codec.encode(draw(codec, 40, 30, 1))), fingerprint=bytes.fromhex(GONE.fingerprint)))
+    assert file_info(data)["model"] == GONE.name
+    with pytest.raises(ModelMismatchError) as error: codec.decompress(data)
+    assert str(error.value) == SENTENCE
+    (tmp_path / "old").mkdir()
+    for name in ("a.hfc", "b.hfc"): (tmp_path / "old" / name).write_bytes(data)
+    assert main(["decompress", str(tmp_path / "old" / "a.hfc")]) == 1
+    assert SENTENCE in capsys.readouterr().err
+    assert main(["decompress", str(tmp_path / "old"), "--out", str(tmp_path / "new"), "--workers", "1"]) == 1
+    assert capsys.readouterr().err.count(SENTENCE) == 2
+    with Image.open(tmp_path / "old" / "a.hfc") as image, pytest.raises(OSError) as error: image.load()
+    assert str(error.value) == SENTENCE
+
+
+def test_the_commit_of_a_withdrawn_model_has_it():
+    def git(*command): return subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True)
+
+    if git("cat-file", "-e", f"{GONE.commit}^{{commit}}").returncode: pytest.skip("no clone with its whole history")
+    card = json.loads(git("show", f"{GONE.commit}:hific_nb/models/{GONE.name}/card.json").stdout)
+    weights = git("show", f"{GONE.commit}:hific_nb/models/{GONE.name}/weights.safetensors").stdout
+    assert card["fingerprint"] == GONE.fingerprint and card["weights_sha256"] == hashlib.sha256(weights).hexdigest()
 
 
 @pytest.mark.parametrize("info", MODELS, ids=lambda m: m.name)
@@ -40,6 +87,7 @@ def test_the_card_is_true(info):
     for shown in (info.fingerprint, f"{figures['bpp']:.3f}", f"{figures['psnr']:.2f}", f"{figures['ms_ssim']:.4f}",
                   "CC BY-SA 4.0", "papermill nbs/jobs/train.ipynb"):
         assert shown in text, f"the card of {info.name} does not show {shown}"
+    assert figures_table(info) in text, "the table is another than card.json's: python benchmarks/kodak.py --card makes it anew"
 
 
 @pytest.mark.parametrize("info", MODELS, ids=lambda m: m.name)
@@ -60,7 +108,7 @@ def test_the_card_of_a_model_with_levels(tmp_path):
                   "quality 100: 0.910 bpp, 33.00 dB PSNR, 0.0300 LPIPS (Alex)"):
         assert shown in str(info)
     text = (folder / "README.md").read_text()
-    for shown in ("0.090 to 0.910 bpp", "| 100 | 0.91 | 33 | 0.03 |", info.fingerprint, "sensitive", "kodak, 24 photos"):
+    for shown in ("0.090 to 0.910 bpp", "| 50 (med) | 0.360 | 29.00 | 0.1000 |", info.fingerprint, "sensitive", "kodak, 24 photos"):
         assert shown in text
     assert json.loads((folder / "card.json").read_text())["figures"] == figures
 
@@ -144,6 +192,68 @@ def test_files_of_a_model_with_another_generator_or_hyperprior(tmp_path):
     for wrong in (tiny_model(), save_pretrained(tiny_model(), tmp_path / "old"), tiny_model(levels=True), "hific-lite"):
         with pytest.raises(CodecError, match="more than encoder and generator"): other.read_files_of(wrong)
     with pytest.raises(ModelMismatchError): other.decompress(data)
+
+
+@pytest.fixture
+def gan(monkeypatch, tmp_path):
+    """A second shipped model, which `hific-lite` means from now on: the first with another generator; and one of other latents."""
+    shipped = tmp_path / "models"
+    shipped.mkdir()
+    (shipped / "hific-lite-base-v1").symlink_to(model_folder("hific-lite-base-v1"))
+    for name, part in (("hific-lite-v1", "Generator"), ("hific-other-v1", "Hyperprior")):
+        model = load_pretrained("hific-lite-base-v1")
+        with torch.no_grad():
+            for p in getattr(model, part).parameters(): p.copy_((0.9 * p).half())
+        save_pretrained(model, shipped / name, description="as if", figures=dict(bpp=0.3, dists=0.1))
+    monkeypatch.setattr(zoo, "MODELS_FOLDER", shipped)
+    monkeypatch.setitem(zoo.ALIASES, "hific-lite", "hific-lite-v1")
+
+
+def test_two_generators_for_the_same_latents(gan, tmp_path, capsys):
+    """Each reads what the other wrote, without being asked to; files name who wrote them, and are decoded by that model."""
+    options = dict(device="cpu", dtype=torch.float32)
+    new, old, other = (Codec.from_pretrained(name, **options) for name in ("hific-lite", "hific-lite-base", "hific-other-v1"))
+    assert (new.name, old.name) == ("hific-lite-v1", "hific-lite-base-v1") and new.fingerprint != old.fingerprint
+    photo = Image.fromarray(np.add.outer(np.arange(130) * 2, np.arange(150)).astype(np.uint8)).convert("RGB")
+    files, pictures = [c.compress(photo, tile=64, thumbnail=False) for c in (new, old)], []
+    assert [file_info(data)["model"] for data in files] == [new.name, old.name]
+    assert replace(read_hfc(files[0]), fingerprint=old.fingerprint) == read_hfc(files[1])
+    for codec in (new, old):
+        own, foreign = (np.asarray(codec.decompress(data)) for data in files)
+        assert np.array_equal(own, foreign)
+        part = codec.decompress(files[codec is new], (60, 50, 100, 80))
+        assert np.array_equal(np.asarray(part), own[50:80, 60:100])
+        pictures.append(own)
+    assert not np.array_equal(*pictures)
+    assert new.decompress(old.compress(photo, tile=64), thumbnail=True).size == (4, 4)  # a file in the file
+    for _ in range(2):
+        with pytest.raises(ModelMismatchError, match="'hific-lite-v1'"): other.decompress(files[0])
+        with pytest.raises(ModelMismatchError, match="'hific-other-v1'"): new.decompress(other.compress(photo))
+    for k, data in enumerate(files): (tmp_path / f"{k}.hfc").write_bytes(data)
+    for k, given, shown in ((0, [], 0), (1, [], 1), (1, ["--model", "hific-lite"], 0)):
+        assert main(["decompress", str(tmp_path / f"{k}.hfc"), "--device", "cpu", "--force", *given]) == 0
+        wanted = Codec.from_pretrained((new, old)[shown].name, device="cpu").decompress(files[k])  # in the dtype of this CPU
+        with Image.open(tmp_path / f"{k}.png") as image: assert np.array_equal(np.asarray(image), np.asarray(wanted))
+    capsys.readouterr()
+    assert main(["models"]) == 0
+    said = [line.split(":")[0] for line in capsys.readouterr().out.splitlines() if " M parameters" in line]
+    assert said == ["hific-other-v1", "hific-lite-v1 (hific-lite)", "hific-lite-base-v1 (hific-lite-base)"]
+
+
+def test_a_foreign_model_is_looked_at_once(monkeypatch):
+    looked = []
+    monkeypatch.setattr("hific_nb.codec.load_pretrained", lambda name: looked.append(name) or load_pretrained(name))
+    shipped = Codec.from_pretrained("hific-lite-base-v1", device="cpu")
+    data = shipped.compress(Image.new("RGB", (40, 30)))
+    looked.clear()
+    tiny = tiny_codec(levels=True)
+    for _ in range(3):
+        with pytest.raises(ModelMismatchError, match="'hific-lite-base-v1'"): tiny.decompress(data)
+    repainted = load_pretrained("hific-lite-base-v1")
+    with torch.no_grad(): next(repainted.Generator.parameters()).mul_(0.5)
+    again = Codec(repainted, device="cpu")
+    for _ in range(2): assert again.decompress(data).size == (40, 30)
+    assert looked == ["hific-lite-base-v1"] * 2
 
 
 HUB = """
