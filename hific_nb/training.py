@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['TrainingError', 'training_dtype', 'ema_update', 'watched_crops', 'held_back_rate', 'load_warm_start',
-           'warm_start_from', 'Team', 'Trainer', 'step_memory', 'memory_limit', 'fitting_batch_size', 'auto_batch_size',
-           'check_memory', 'prepare_run', 'train', 'continue_run', 'main', 'record_line']
+           'inherited_objective', 'warm_start_from', 'Team', 'Trainer', 'step_memory', 'memory_limit',
+           'fitting_batch_size', 'auto_batch_size', 'check_memory', 'prepare_run', 'train', 'continue_run', 'main',
+           'record_line']
 
 # %% ../nbs/14_training.ipynb #9f81a911
 import json
@@ -35,7 +36,7 @@ from .gan import Discriminator, adversarial_loss, discriminator_loss, gan_losses
 from .model import Coding, Model, load_model, rate_distortion_loss, save_model
 from .perceptual import build_perceptual
 from .transforms import DOWNSAMPLING
-from .zoo import import_published, model_folder, save_pretrained
+from .zoo import import_published, model_folder, model_info, save_pretrained, write_card
 
 # %% ../nbs/14_training.ipynb #f9ca5c84
 class TrainingError(HificError):
@@ -134,6 +135,24 @@ def load_warm_start(source: str | os.PathLike) -> tuple[Model, torch.nn.Module |
         critic.load_state_dict(state["discriminator"])
         critic.normalize_input_image = state["discriminator_range"]
     return model, critic
+
+
+def inherited_objective(source: str | os.PathLike) -> dict[str, float]:
+    """What a run that begins with a model of several rates takes over from the `Objective` which that was trained with.
+
+    That is the range of lambda, `level_balance` and `k_P`: with others, each level would move to another rate. source: as in
+    `load_warm_start`. {} for a model of one rate, and for one that does not say how it was trained.
+    """
+    path = Path(source)
+    if path.is_file(): return {}  # a published checkpoint has one rate
+    if (path/"run.json").exists():
+        about = _read_run(path)
+        levels, known = about["model"]["rate_levels"], about["objective"]
+    else:
+        info = model_info(source)
+        levels, known = info.levels, info.objective
+    names = ("lambda_lowest_rate", "lambda_highest_rate", "level_balance", "k_P")
+    return {name: known[name] for name in names if levels and name in known}
 
 
 def warm_start_from(model: torch.nn.Module, source: torch.nn.Module) -> dict[str, list[str]]:
@@ -655,6 +674,7 @@ def continue_run(run: str | os.PathLike, on_record: Callable[[dict], None] | Non
         if team.rank == 0:
             if c.train_encoder or about["warm_start"] is None: save_model(trainer.kept, run/"model")
             else: _save_generator(trainer.kept, load_warm_start(about["warm_start"])[0], run/"model")
+            write_card(run/"model", objective=objective.to_dict())
             _note(run, finished=c.n_steps)
         team.wait()
     return run/"model"

@@ -6,7 +6,8 @@
 __all__ = ['WITHDRAWN', 'MODELS_FOLDER', 'ALIASES', 'MODEL_FILES', 'PUBLISHED', 'UnknownModelError', 'WithdrawnModelError',
            'Withdrawn', 'ModelInfo', 'list_models', 'HubError', 'download_model', 'fetch_model', 'find_model',
            'model_folder', 'model_info', 'load_pretrained', 'name_of_fingerprint', 'figures_table', 'model_readme',
-           'save_pretrained', 'PublishedCheckpoint', 'CheckpointError', 'ImportedModel', 'import_published']
+           'write_card', 'save_pretrained', 'PublishedCheckpoint', 'CheckpointError', 'ImportedModel',
+           'import_published']
 
 # %% ../nbs/12_zoo.ipynb #29993f25
 import hashlib
@@ -73,7 +74,8 @@ class ModelInfo:
 
     fingerprint: 16 hex digits, as files name their model. figures: `bpp`, `psnr` (dB), `ms_ssim` and what else was measured, means
     over `photos` photos of `dataset`, from real files; {} where nothing was. levels: number of rate levels, 0 for a model of one
-    rate. regimes: the level of each named regime, where the model has levels and they are known.
+    rate. regimes: the level of each named regime, where the model has levels and they are known. objective: fields of the
+    `Objective` it was trained with, {} where that is not known.
     """
     name: str
     folder: Path
@@ -85,6 +87,7 @@ class ModelInfo:
     figures: dict = field(default_factory=dict)
     levels: int = 0
     regimes: dict[str, int] = field(default_factory=dict)
+    objective: dict = field(default_factory=dict)
 
     @property
     def points(self) -> list[dict]:
@@ -119,7 +122,7 @@ def _read_card(folder: Path) -> dict:
     "What card.json in a model folder says; {} where there is none."
     path = folder/"card.json"
     if not path.is_file(): return {}
-    kinds = dict(description=str, fingerprint=str, parameters=int, figures=dict)
+    kinds = dict(description=str, fingerprint=str, parameters=int, figures=dict, objective=dict)
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
         if all(isinstance(card.get(key, kind()), kind) for key, kind in kinds.items()): return card
@@ -149,7 +152,8 @@ def _info(folder: Path, name: str) -> ModelInfo:
         return ModelInfo(name, folder, card.get("description", ""), card.get("fingerprint") or _stated_in_tables(folder),
                          card.get("parameters") or _count_weights(folder), size,
                          tuple(a for a, shipped in ALIASES.items() if MODELS_FOLDER/shipped == folder),
-                         card.get("figures", {}), config.rate_levels, dict(zip(REGIMES, config.regime_levels)))
+                         card.get("figures", {}), config.rate_levels, dict(zip(REGIMES, config.regime_levels)),
+                         card.get("objective", {}))
     except Exception as error:  # whatever the parsers trip over
         raise ModelError(f"{folder} is no model folder, or is damaged ({_first_line(error)}): get it again.") from error
 
@@ -330,14 +334,20 @@ sensitive content, or where a detail decides (medical images, evidence, document
 """
 
 
+def write_card(folder: str | os.PathLike, **facts) -> Path:
+    "Put facts, such as `objective`, into card.json of a model folder, which may not be there yet; the rest of it stays."
+    path = Path(folder)/"card.json"
+    return write_atomic(path, (json.dumps(_read_card(path.parent) | facts, indent=2) + "\n").encode())
+
+
 def save_pretrained(model: Model, folder: str | os.PathLike, *, description: str = "", figures: dict | None = None,
-                    readme: str | None = None) -> Path:
+                    objective: dict | None = None, readme: str | None = None) -> Path:
     """Save a model as a folder with `MODEL_FILES`, for `load_pretrained` and the Hugging Face Hub; the folder.
 
     Weights are stored as float16 or bfloat16 where that loses nothing, else as float32 (`save_model` rounds), and tables are
     `model.coding` where the model has such: the fingerprint stays, and files that were written with the model decode.
-    description, figures: for the card, see `ModelInfo`. readme: text of README.md instead of `model_readme`. A model that is
-    there is overwritten. Raises `ModelError` as `save_model` does.
+    description, figures, objective: for the card, see `ModelInfo`. readme: text of README.md instead of `model_readme`. A model
+    that is there is overwritten. Raises `ModelError` as `save_model` does.
     """
     folder = save_model(model, folder, _exact_dtype(model))
     coding = getattr(model, "coding", None) or Coding.from_model(model)
@@ -345,9 +355,10 @@ def save_pretrained(model: Model, folder: str | os.PathLike, *, description: str
     tables = {name: torch.from_numpy(np.array(array)) for name, array in coding.tensors().items()}
     write_atomic(folder/"tables.safetensors", to_safetensors(tables, metadata={"fingerprint": fingerprint}))
     weights = (folder/"weights.safetensors").read_bytes()
-    card = dict(fingerprint=fingerprint, parameters=sum(p.numel() for p in model.parameters()),
-                weights_sha256=hashlib.sha256(weights).hexdigest(), figures=figures or {}, description=description)
-    write_atomic(folder/"card.json", (json.dumps(card, indent=2) + "\n").encode())
+    (folder/"card.json").unlink(missing_ok=True)  # of another model
+    write_card(folder, fingerprint=fingerprint, parameters=sum(p.numel() for p in model.parameters()),
+               weights_sha256=hashlib.sha256(weights).hexdigest(), figures=figures or {}, description=description,
+               objective=objective or {})
     write_atomic(folder/"README.md", (model_readme(_info(folder, folder.name)) if readme is None else readme).encode())
     return folder
 
