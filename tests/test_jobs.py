@@ -16,6 +16,7 @@ from PIL import Image
 
 from hific_nb import Codec
 from hific_nb.cli import main as cli_main
+from hific_nb.config import ConfigError, job_parameters
 from hific_nb.data import sample_photo, sample_photo_path, write_shard
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,7 +116,8 @@ def test_train_then_compress_with_the_result(tmp_path):
     assert {"train.ipynb", "run.json", "metrics.jsonl", "metrics.json", "checkpoints", "samples", "curves.png", "held_back.hfc",
             "held_back.png"} <= {p.name for p in run.iterdir()}
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
-    assert "widget-view" in str(notebook["cells"][-1]["outputs"]) and "widget-view" in str(notebook["cells"][-2]["outputs"])
+    assert "step_slider" in notebook["cells"][-1]["source"][-1] and "widget-view" in str(notebook["cells"][-1]["outputs"])
+    assert "compare" in notebook["cells"][-3]["source"][-1] and "widget-view" in str(notebook["cells"][-3]["outputs"])
     report = json.loads((run / "metrics.json").read_text())
     assert report["steps"] == 4 and report["photo"]["bytes"] == (run / "held_back.hfc").stat().st_size
     codec = Codec.from_pretrained(run / "model")
@@ -179,26 +181,64 @@ def test_the_guides_two_commands(tmp_path):
     for name in ("chelsea", "coffee"): sample_photo(name).save(photos / f"{name}.png")
     drawing = dict(preset="hific", latent_channels=8, hyperprior_channels=8, n_residual_blocks=1, likelihood_type="logistic",
                    normalize_input_image=True, use_channel_norm=True)
-    both = dict(dataset=photos, regime="low", n_steps="2", batch_size=2, crop_size=64, log_every=1, dtype="float32",
+    both = dict(regime="low", n_steps="2", batch_size=2, crop_size=64, log_every=1, dtype="float32",
                 perceptual="ms-ssim", schedule_in="steps", rate_warmup=1, lr_drop_at=500000, **drawing)
     slim = ("from hific_nb import config\n"
             "config.MODEL_PRESETS['hific'] = config.model_preset('hific').replace(channels=[4, 4, 4, 8, 8])\n")
     (tmp_path / "ipython" / "profile_default" / "startup").mkdir(parents=True)
     (tmp_path / "ipython" / "profile_default" / "startup" / "slim.py").write_text(slim)  # the paper's widths take gigabytes
     environment = dict(IPYTHONDIR=str(tmp_path / "ipython"))
-    done, _ = run_job("train", tmp_path / "base", both | dict(model_type="compression"), tmp_path, environment)
+    done, _ = run_job("train", tmp_path / "base", both | dict(dataset=photos, model_type="compression"), tmp_path, environment)
     assert done.returncode == 0, done.stderr
     about = json.loads((tmp_path / "base" / "run.json").read_text())
     assert about["train"]["lr_drop_at"] == 1.0 and about["objective"]["rate_warmup"] == 0.5
     assert [about["model"][name] for name in ("latent_channels", "likelihood", "normalize_input_image")] == [8, "logistic", True]
     gan = dict(model_type="compression_gan", warm_start=tmp_path / "base", batch_size="auto", discriminator_channels="4,4,4,4")
-    done, _ = run_job("train", tmp_path / "gan", both | gan, tmp_path, environment)
+    done, _ = run_job("train", tmp_path / "gan", both | gan, tmp_path, environment)  # the photos are those of the base model
     assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "gan" / "run.json").read_text())["dataset"] == str(photos)
     report = json.loads((tmp_path / "gan" / "metrics.json").read_text())
     assert report["warm_start"]["not_loaded"] == report["warm_start"]["left_over"] == []
     last = json.loads((tmp_path / "gan" / "metrics.jsonl").read_text().splitlines()[-1])
     assert {"D_real", "adversarial", "perceptual"} <= last.keys()
     assert 2 <= json.loads((tmp_path / "gan" / "run.json").read_text())["train"]["batch_size"] <= 64
+
+
+WRONG = dict(model_type=["compresion", 1], n_steps=[1.5, 0, -1, "many"], batch_size=[0, 2.5, "many"], seed=[-1, 0.5, "x"],
+             preset=["hifi", "warm_start"], latent_channels=[0, 2.5, "x"], hyperprior_channels=[0, "x"], n_residual_blocks=[-1],
+             use_channel_norm=["false", 2], noise_channels=[-1, "x"], mixture_components=[0, "x"],
+             normalize_input_image=["true", 2],
+             rate_levels=[-1, 1.5], regime=["hihg", 1], target_bpp=[-0.1, "x", [1]], k_M=[-1, "x"], k_P=[-1, "x"],
+             perceptual=["lpip", 0], lpips_weights=["no/such/folder", 3], beta=[-1, "x"], gan_loss=["wasserstain", 0],
+             lambda_lowest_rate=[-1, "x"], lambda_highest_rate=[-1, "x"], level_balance=[-1, "x"], rate_warmup=[-1, "x", [1]],
+             warmup_target=[0, "x"], warmup_lambda=[0, "x"], schedule_in=["step"], learning_rate=[0, -1e-4, 5.0, "x"],
+             lr_schedule=["cosin"], lr_drop_at=[-0.1, "x"], lr_drop=[0, 2, "x"], warmup_steps=[-1, 0.5], grad_clip=[-1, "x"],
+             ema_decay=[1.0, -1, "x"], accumulate=[0, 1.5], train_encoder=["false", 2], discriminator_channels=["64,x", "0,1,1,1"],
+             discriminator_rate=[0, "x"], spectral_norm=["false", 2],
+             crop_size=[100, 32, 64.5, "x"], min_scale=[0, 1.5, "x"], drop_flat=["false", "yes", 2],
+             memory_gb=[-1, "x"], device=["gpu", 1], processes=[0, 1.5, "x"], dtype=["float23"], compile=["yes", 2],
+             checkpoint_minutes=[-1, "x"], keep_checkpoints=[0, 1.5], log_every=[0, 0.5], sample_every=[0, "x"])
+
+
+def test_every_setting_of_a_training_is_checked_before_anything_runs(tmp_path):
+    """The cells before the run, here instead of in a kernel, for each parameter and values that it cannot have."""
+    cells = [cell for cell in json.loads((ROOT / "nbs/jobs/train.ipynb").read_text(encoding="utf-8"))["cells"]
+             if cell["cell_type"] == "code"]
+    defaults, *before = ["".join(cell["source"]) for cell in cells[:3]]
+    assert "parameters" in cells[0]["metadata"]["tags"] and "train(out" in "".join(cells[3]["source"])
+
+    def configure(**given):
+        names = {"__name__": "job"}
+        exec(defaults, names)
+        names |= dict(dataset=str(tmp_path), run=str(tmp_path / "run")) | given
+        for cell in before: exec(cell, names)
+    configure()
+    declared = job_parameters(ROOT / "nbs/jobs/train.ipynb").keys()
+    assert WRONG.keys() == declared - {"dataset", "run", "warm_start", "likelihood_type"}  # of these, below
+    for name, values in WRONG.items():
+        for value in values:
+            with pytest.raises(ConfigError) as raised: configure(**{name: value})
+            assert name in str(raised.value) or repr(value) in str(raised.value), (name, value, str(raised.value))
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(dataset="photos", n_steps="1.5"), dict(dataset="nowhere", n_steps="4"),

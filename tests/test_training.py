@@ -415,6 +415,20 @@ def test_accelerate_launch_on_cpus_starts_as_many_as_asked(photos, tmp_path):
     assert json.loads((run / "run.json").read_text())["processes"] == 2
 
 
+@pytest.mark.parametrize("spectral", [True, False])
+def test_the_settings_of_the_discriminator_reach_it(spectral):
+    config = SHORT.replace(discriminator_rate=3.0, spectral_norm=spectral, **CRITIC)
+    trainer = Trainer(Model(TINY), OBJECTIVE, config)
+    assert trainer.discriminator.conv1.out_channels == 4 and hasattr(trainer.discriminator.conv1, "parametrizations") == spectral
+    trainer(torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8))
+    rates = [o.param_groups[0]["lr"] for o in (trainer.optimizer, trainer.critic_optimizer)]
+    assert rates[1] == pytest.approx(3 * rates[0])
+    again = Trainer(Model(TINY), OBJECTIVE, config)
+    again.load_state_dict(trainer.state_dict())
+    with pytest.raises(RuntimeError, match="conv1"):
+        Trainer(Model(TINY), OBJECTIVE, config.replace(spectral_norm=not spectral)).load_state_dict(trainer.state_dict())
+
+
 def test_what_accelerate_launch_was_asked_for():
     alone = {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "10.0.0.1"}
     assert _launched_alone(alone)
