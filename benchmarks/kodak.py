@@ -11,7 +11,6 @@ few qualities. Models with rate levels: --qualities, and a row of figures for ea
 
 import argparse
 import hashlib
-import json
 import re
 import sys
 from pathlib import Path
@@ -42,27 +41,25 @@ def check(result, codec):
     return ideals, wrong
 
 
-def write_card(folder, fingerprint, photos, points, description=None):
+def update_card(folder, fingerprint, photos, points, description=None):
     """The means into card.json of a model folder, and into the table of its README.md.
 
     photos: dict(dataset, photos). points: a dict of means for each quality, of models with rate levels with `quality`.
     """
     from hific_nb.model import load_model
-    from hific_nb.zoo import figures_table, model_info
+    from hific_nb.zoo import figures_table, model_info, write_card
 
-    model, path = load_model(folder), folder/"card.json"
-    card = json.loads(path.read_text()) if path.exists() else {}
-    known, before = card.get("figures", {}), {}
-    if card.get("fingerprint") == fingerprint and photos.items() <= known.items():
+    model, info, before = load_model(folder), model_info(folder), {}
+    known = info.figures
+    if info.fingerprint == fingerprint and photos.items() <= known.items():
         before = {point.get("quality"): point for point in known.get("levels") or [known]}
     for point in points: before[point.get("quality")] = before.get(point.get("quality"), {}) | point
     rows = sorted(before.values(), key=lambda point: point["bpp"])
     middle = {key: value for key, value in rows[len(rows) // 2].items() if key != "quality"}
     figures = photos | middle | (dict(levels=rows) if "quality" in rows[0] else {})
-    card |= dict(fingerprint=fingerprint, parameters=sum(p.numel() for p in model.parameters()),
-                 weights_sha256=hashlib.sha256((folder/"weights.safetensors").read_bytes()).hexdigest(), figures=figures)
-    if description: card["description"] = description
-    write_atomic(path, (json.dumps(card, indent=2) + "\n").encode())
+    write_card(folder, fingerprint=fingerprint, parameters=sum(p.numel() for p in model.parameters()),
+               weights_sha256=hashlib.sha256((folder/"weights.safetensors").read_bytes()).hexdigest(), figures=figures,
+               description=description or info.description)
     if not (readme := folder/"README.md").exists(): return
     text, table = readme.read_text(), figures_table(model_info(folder))
     made, found = re.subn(r"(## Figures\n[^|#]*)(\|.*\n)+", lambda m: m[1] + table + "\n", text, count=1)
@@ -98,8 +95,8 @@ def main():
     for row, mean in zip(rows, means): print(f"quality {row['quality']}: mean of {row['photos']} photos: {mean}")
     if args.card:
         points = [mean if row["quality"] is None else dict(quality=row["quality"], **mean) for row, mean in zip(rows, means)]
-        write_card(args.card, codec.fingerprint.hex(), dict(dataset=args.photos.name, photos=rows[0]["photos"]), points,
-                   args.description)
+        update_card(args.card, codec.fingerprint.hex(), dict(dataset=args.photos.name, photos=rows[0]["photos"]), points,
+                    args.description)
     sys.exit(1 if wrong or result.failed else 0)
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import importlib.util
 import json
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from hific_nb.data import find_images, image_to_tensor, read_image, sample_photo
 from hific_nb.evaluation import (DISTS, KODAK_FIGURES, METRICS, EvaluationError, Metric, Records, VGG16Features, bd_rate, evaluate,
                                  find_contenders, find_metrics, patch_features, rate_difference, register_metric)
 from hific_nb.metrics import bpp, frechet_distance, kernel_distance, ms_ssim, patches, psnr
-from hific_nb.zoo import save_pretrained
+from hific_nb.zoo import figures_table, model_info, save_pretrained
 
 from tiny import tiny_codec, tiny_model
 
@@ -422,3 +423,36 @@ def test_the_job(photos, tmp_path):
 def test_the_job_refuses_before_it_works(photos, tmp_path):
     done, _ = run_job(tmp_path / "run", dict(input=photos, models="", baselines="jpeg", metrics="psnr", anchor="avif"), tmp_path)
     assert done.returncode != 0 and "anchor" in done.stderr and not (tmp_path / "run" / "records.jsonl").exists()
+
+
+def test_the_benchmark_adds_to_a_models_card(tmp_path, monkeypatch):
+    """Qualities and metrics may be measured one after the other; the table in README.md follows. Other weights begin afresh."""
+    spec = importlib.util.spec_from_file_location("kodak", Path(__file__).parent.parent / "benchmarks" / "kodak.py")
+    kodak = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(kodak)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("chelsea", "coffee"): sample_photo(name).crop((0, 0, 170, 180)).save(photos / f"{name}.png")
+    others = dict(dataset="others", bpp=9.0)
+    folder = save_pretrained(tiny_model(levels=True), tmp_path / "tiny", description="tiny", figures=others, objective=dict(k_P=2.0))
+
+    def measure(*arguments):
+        monkeypatch.setattr(sys, "argv", ["kodak.py", "--model", str(folder), "--photos", str(photos), "--card", str(folder),
+                                          "--device", "cpu", "--out", str(tmp_path / "out"), *arguments])
+        with pytest.raises(SystemExit) as end: kodak.main()
+        assert end.value.code == 0
+        return model_info(folder)
+
+    first = measure("--qualities", "50", "0", "--metrics", "psnr")
+    assert first.figures.keys() == {"dataset", "photos", "bpp", "ideal_bpp", "psnr", "levels"}
+    assert (first.figures["dataset"], first.figures["photos"]) == ("photos", 2)
+    both = measure("--qualities", "50", "100", "--metrics", "ms_ssim")
+    points = {point["quality"]: point for point in both.figures["levels"]}
+    assert list(points) == [0, 50, 100] and points[50] == {**first.points[1], "ms_ssim": points[50]["ms_ssim"]}
+    assert points[0] == first.points[0] and "psnr" not in points[100]
+    assert both.figures["bpp"] == points[50]["bpp"]
+    assert (both.description, both.objective) == ("tiny", dict(k_P=2.0))
+    table, text = figures_table(both), (folder / "README.md").read_text()
+    assert table in text and "| 50 (med) |" in table and text.count("| quality |") == 1 and "## Training" in text
+    kodak.update_card(folder, "00" * 8, dict(dataset="photos", photos=2), [dict(bpp=0.5)])
+    assert model_info(folder).figures == dict(dataset="photos", photos=2, bpp=0.5)
