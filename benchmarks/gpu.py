@@ -62,10 +62,9 @@ def look(codec, megapixels, repeat, peak):
         data = codec.encode(latents)
         y_hat = latents.y_hat.to(device, codec.dtype).contiguous(memory_format=torch.channels_last)
         if device.type == "cuda": torch.cuda.reset_peak_memory_stats(device)
-        analysis = codec._analyse(photo, {})
-        level = codec.level_of() if codec.levels else None
-        steps = {"encoder": lambda: codec._analyse(photo, {}),
-                 "hyperprior, symbols": lambda: codec._quantize(analysis, level),
+        analysis = codec.analyse(photo, thumbnail=False)
+        steps = {"encoder": lambda: codec.analyse(photo, thumbnail=False),
+                 "hyperprior, symbols": lambda: codec.quantize(analysis),
                  "entropy encoding": lambda: codec.encode(latents),
                  "hyperprior, entropy decoding": lambda: codec.decode_latents(data),
                  "generator": lambda: codec.model.synthesis(y_hat),

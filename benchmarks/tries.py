@@ -21,7 +21,7 @@ from hific_nb.codec import Codec
 from hific_nb.config import ModelConfig, write_atomic
 from hific_nb.data import find_images, image_to_tensor, read_image
 from hific_nb.metrics import psnr
-from hific_nb.model import Model
+from hific_nb.model import GAIN_UNIT, Model
 from hific_nb.perceptual import LPIPS
 
 LEVELS = (0, 10, 20, 35, 50, 65, 80, 100)
@@ -34,17 +34,19 @@ def unit(image): return image_to_tensor(image)[None].float() / 255
 def dead_zone(args, lpips):
     codec, rows = Codec.from_pretrained(args.model), []
     photos = [read_image(path) for path in find_images(args.photos)[::args.every]]
-    analysed = [codec._analyse(photo, {}) for photo in photos]
+    analysed = [codec.analyse(photo, thumbnail=False) for photo in photos]
     for width in (0.0, 0.06, 0.12, -0.06):
         for level in LEVELS:
             figures = []
             for photo, analysis in zip(photos, analysed):
-                plain = codec._quantize(analysis, level)
-                y = analysis[0] * codec._gains[0][level]
+                plain = codec.quantize(analysis, level)
+                gains, inverse = (torch.from_numpy(g[level]).float()[:, None, None] * GAIN_UNIT
+                                  for g in (codec.coding.gains, codec.coding.inverse_gains))
+                y = analysis.y * gains
                 mean = codec.model.Hyperprior.means(torch.from_numpy(plain.hyperlatents)[None].float(), y.shape[2:])
                 rest = y - mean
                 symbols = rest.sign() * (rest.abs() + 0.5 - width).floor()
-                latents = replace(plain, symbols=symbols[0].to(torch.int32).numpy(), y_hat=codec._unscaled(mean + symbols, level))
+                latents = replace(plain, symbols=symbols[0].to(torch.int32).numpy(), y_hat=(mean + symbols) * inverse)
                 out = codec.generate(latents)
                 figures.append((8 * len(codec.encode(latents)) / photo.width / photo.height, psnr(photo, out),
                                 lpips(unit(photo), unit(out)).item()))

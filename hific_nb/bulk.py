@@ -188,35 +188,11 @@ def encode_batch(codec, images: Sequence, **options) -> list | None:
     """Latents of pictures of equal size, with one pass through the encoder; None where that would not be the same bit for bit.
 
     images: PIL images that are upright 8-bit RGB or RGBA, see `read_image`. options: as in `Codec.encode_latents`.
-    What was found for a shape is kept with the codec.
     """
-    import numpy as np
-    import torch
-
-    from hific_nb.codec import Latents
-
-    with torch.inference_mode():
-        pictures = [codec._picture(image, {}) for image in images]
-        (W, H), none = pictures[0].size, np.zeros(0, np.int32)
-        if any(p.size != (W, H) for p in pictures): raise BulkError("A batch takes pictures of equal size.")
-        x = torch.cat([p.padded((0, -(-H // 16) * 16), (0, -(-W // 16) * 16)) for p in pictures])
-        exact = codec.__dict__.setdefault("_exact_batches", {})
-        if exact.get(x.shape) is False: return None
-        y = codec._float(codec.model.analysis(codec._scaled(x)))
-        if x.shape not in exact:
-            alone = [codec._float(codec.model.analysis(codec._scaled(x[k:k + 1]))) for k in range(len(x))]
-            exact[x.shape] = all(torch.equal(y[k:k + 1], a) for k, a in enumerate(alone))
-            if not exact[x.shape]: return None
-        found = []
-        for k, (picture, image) in enumerate(zip(pictures, images)):
-            analysis = y[k:k + 1], Latents(W, H, none, none, none, y[k:k + 1], picture.alpha, None, {})
-            analysis = codec._with_thumbnail(analysis, image, options.get("tile"), options.get("thumbnail"))
-            rate = {name: options.get(name) for name in ("quality", "bpp", "max_bytes")}
-            level = codec._wanted(**rate)
-            if rate["bpp"] is not None or rate["max_bytes"] is not None:
-                level = codec._search(analysis, rate["bpp"], rate["max_bytes"], options.get("tile"))[0]
-            found.append(codec._quantize(analysis, level))
-        return found
+    tile, thumbnail = options.pop("tile", None), options.pop("thumbnail", None)
+    found = codec.analyse_batch(images, tile=tile, thumbnail=thumbnail)
+    if found is None: return None
+    return [codec.quantize(analysis, codec.find_level(analysis, tile=tile, **options)) for analysis in found]
 
 # %% ../nbs/18_bulk.ipynb #fe43c788
 LARGE = 2 ** 24  # pixels: a picture above this is alone in its machine's memory
@@ -262,8 +238,7 @@ class Worker:
         codec = None if settings.model is None else self._codec(settings.model)
         self.batch = batch or (8 if codec is not None and codec.device.type == "cuda" else 1)
         self.ahead, self.busy = ahead or max(2 * self.batch, self.threads + 1), False
-        if settings.action == "compress" and settings.rate:
-            codec._wanted(*(settings.rate.get(name) for name in ("quality", "bpp", "max_bytes")))
+        if settings.action == "compress" and settings.rate: codec.check_rate(**settings.rate)
 
     def rows(self, items: Iterable[Item | None]) -> Iterator[dict]:
         """A row of the manifest for each item, in their order; whatever is wrong with one is its `error`.
@@ -408,9 +383,9 @@ class Worker:
     # ---- coding and writing
 
     def _finish(self, job: _Job) -> None:
-        from hific_nb.codec import file_info
         from hific_nb.data import read_image, split_alpha
-        from hific_nb.metrics import image_metrics
+        from hific_nb.hfc import read_hfc
+        from hific_nb.metrics import bpp, image_metrics
 
         s, item, figures = self.settings, job.item, job.figures
         if s.action == "decompress":
@@ -420,8 +395,8 @@ class Worker:
             data = buffer.getvalue()
         else:
             data = job.data if job.large else job.codec.encode(job.latents, s.tile)
-            info = file_info(data)
-            figures |= dict(width=info["width"], height=info["height"], bpp=round(info["bpp"], 6))
+            file = read_hfc(data)
+            figures |= dict(width=file.width, height=file.height, bpp=round(bpp(len(data), file.width, file.height), 6))
             if s.metrics:
                 original = read_image(job.original, s.max_pixels) if job.large else job.image
                 found = image_metrics(split_alpha(original)[0], split_alpha(job.decoded)[0])
@@ -486,6 +461,8 @@ class _Process:
     def __init__(self, settings: BulkSettings, threads: int, rows: queue.Queue):
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads),
                                     "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2 ** 28)}  # pages are kept
+        tunables = [t for t in os.environ.get("GLIBC_TUNABLES", "").split(":") if t] + ["glibc.malloc.hugetlb=1"]
+        environment["GLIBC_TUNABLES"] = ":".join(tunables)  # and large
         self.items, self.ready = deque(), False
         self.process = subprocess.Popen([sys.executable, "-c", "from hific_nb.bulk import serve; serve()"], text=True,
                                         encoding="utf-8", stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'TILE_SIDE', 'TILED_FROM', 'MEMORY', 'PIECE', 'THUMBNAIL', 'AREA', 'REGIONS', 'Span',
-           'MissingCoderError', 'CodecError', 'hardware_bfloat16', 'Latents', 'Chain', 'plan_pieces', 'memory_bytes',
-           'Codec', 'file_info', 'round_trip']
+           'MissingCoderError', 'CodecError', 'hardware_bfloat16', 'Analysis', 'Latents', 'Chain', 'plan_pieces',
+           'memory_bytes', 'Codec', 'file_info', 'round_trip']
 
 # %% ../nbs/13_codec.ipynb #50169ee0
 import copy
@@ -19,7 +19,7 @@ import tempfile
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -75,8 +75,22 @@ def hardware_bfloat16(device: str | torch.device) -> bool:
 
 # %% ../nbs/13_codec.ipynb #9b7cc128
 @dataclass(frozen=True, eq=False)
+class Analysis:
+    """A picture behind the encoder, before there is a rate.
+
+    width, height: of the picture, in pixels. y: (1, C, h, w) float32, the latents, not rounded and before any gain; h and w are the
+    sides over 16, rounded up. alpha: the picture's alpha channel, None without. streams: the named streams of the file to be.
+    """
+    width: int
+    height: int
+    y: Tensor
+    alpha: Image.Image | None = field(default=None, repr=False)
+    streams: dict[str, bytes] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True, eq=False)
 class Latents:
-    """A picture between the encoder and the generator.
+    """A picture between the quantizer and the generator.
 
     width, height: of the picture, in pixels. symbols: (C, h, w) int32, round(y - mean), what is coded; h and w are the
     sides over 16, rounded up. hyperlatents: (N, ceil(h/4), ceil(w/4)) int32, coded first. indexes: (C, h, w) whole numbers,
@@ -368,6 +382,7 @@ class Codec:
         self.model = copy.deepcopy(model).eval().requires_grad_(False).to(self.device)
         parts = [part.to(dtype, memory_format=torch.channels_last) for part in (self.model.Encoder, self.model.Generator)]
         self._encoder, self._generator = (_cuts(part, dtype.itemsize) for part in parts)
+        self._exact_batches: dict[torch.Size, bool] = {}  # whether a batch of a shape is coded as its pictures are alone
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike = "hific-lite", device: str | None = None,
@@ -384,13 +399,14 @@ class Codec:
     def save_pretrained(self, folder: str | os.PathLike, **about) -> Path:
         """Save the model as a folder for `from_pretrained`, with a card; its fingerprint stays, so files go on to decode.
 
-        about: description, figures and readme of the card as in `zoo.save_pretrained`; of a model from a folder, its own otherwise.
+        about: description, figures, objective and readme of the card as in `zoo.save_pretrained`; of a model from a folder, its
+        own otherwise.
         Raises `CodecError` where the model was trained on since this codec was made of it.
         """
         model = self._given
         if not isinstance(model, Model):
             readme, known = model/"README.md", model_info(model)
-            own = dict(description=known.description, figures=known.figures)
+            own = dict(description=known.description, figures=known.figures, objective=known.objective)
             if readme.is_file() and not about: own["readme"] = readme.read_text(encoding="utf-8")
             model, about = load_pretrained(model), own | about
         coding = getattr(model, "coding", None) or Coding.from_model(model)
@@ -419,31 +435,50 @@ class Codec:
                        max_bytes: int | None = None, tile: int | None = None, thumbnail: bool | None = None,
                        streams: dict[str, bytes] | None = None, memory: int | str | None = None) -> Latents:
         "The encoder's half without the entropy coder; a picture and options as in `compress`."
-        level = self._wanted(quality, bpp, max_bytes)
-        analysis = self._analyse(image, streams or {}, memory)
-        analysis = self._with_thumbnail(analysis, image, tile, thumbnail)
-        if bpp is not None or max_bytes is not None: level = self._search(analysis, bpp, max_bytes, tile)[0]
-        return self._quantize(analysis, level)
-
-    def _wanted(self, quality, bpp, max_bytes) -> int | None:
-        "The level, where it need not be searched; `CodecError` for what cannot be asked."
-        if sum(option is not None for option in (quality, bpp, max_bytes)) > 1:
-            raise CodecError("Ask for one of quality, bpp and max_bytes, not for several.")
-        if not self.levels and (quality, bpp, max_bytes) != (None, None, None): raise self._one_rate()
-        return self.level_of(quality) if quality is not None or self.levels else None
+        self.check_rate(quality=quality, bpp=bpp, max_bytes=max_bytes)
+        analysis = self.analyse(image, tile=tile, thumbnail=thumbnail, streams=streams, memory=memory)
+        return self.quantize(analysis, self.find_level(analysis, quality=quality, bpp=bpp, max_bytes=max_bytes, tile=tile))
 
     @torch.inference_mode()
-    def _analyse(self, image, streams: dict[str, bytes], memory: int | str | None = None) -> tuple[Tensor, Latents]:
-        "Unquantized latents (1, C, h, w), before any gain, and what else is known of the picture."
-        pixels, none = self._picture(image, streams), np.zeros(0, np.int32)
+    def analyse(self, image, *, tile: int | None = None, thumbnail: bool | None = None, streams: dict[str, bytes] | None = None,
+                memory: int | str | None = None) -> Analysis:
+        "The encoder alone: what is found of a picture for every rate. A picture and options as in `compress`."
+        streams = dict(streams or {})
+        pixels = self._picture(image, streams)
         W, H = pixels.size
         size, budget = (-(-H // DOWNSAMPLING), -(-W // DOWNSAMPLING)), self._budget(memory)
         y = self._encode_pieces(self._reader(pixels), size, budget) if self._is_large(self._encoder, size, budget) else \
-            self._float(self.model.analysis(self._scaled(pixels.padded(*((0, n * DOWNSAMPLING) for n in size)))))
-        return y, Latents(W, H, none, none, none, y, pixels.alpha, None, dict(streams))
+            self._latents_of(self._whole(pixels))
+        return self._with_thumbnail(Analysis(W, H, y, pixels.alpha, streams), pixels, tile, thumbnail)
+
+    def _analyse(self, image, streams): return (analysis := self.analyse(image, thumbnail=False, streams=streams)).y, analysis
+
+    def _quantize(self, analysis, level): return self.quantize(analysis[1], level)
+
+    @torch.inference_mode()
+    def analyse_batch(self, images: Sequence, *, tile: int | None = None, thumbnail: bool | None = None) -> list[Analysis] | None:
+        """`analyse` of pictures of equal size in one pass of the encoder; None where that is not the same bit for bit.
+
+        For GPUs, which one small picture does not fill. images: as in `compress`, each small enough to go through as a whole. The
+        first batch of every shape is run one by one as well: the order of a sum depends on shapes, not on pixels.
+        """
+        pixels = [self._picture(image, {}) for image in images]
+        if len({p.size for p in pixels}) > 1: raise CodecError("A batch takes pictures of equal size.")
+        parts = [self._whole(p) for p in pixels]
+        x = torch.cat(parts)
+        if self._exact_batches.get(x.shape) is False: return None
+        y = self._latents_of(x)
+        if x.shape not in self._exact_batches:
+            self._exact_batches[x.shape] = all(torch.equal(y[k], self._latents_of(part)[0]) for k, part in enumerate(parts))
+            if not self._exact_batches[x.shape]: return None
+        return [self._with_thumbnail(Analysis(*p.size, y[k:k + 1], p.alpha), p, tile, thumbnail) for k, p in enumerate(pixels)]
 
     @staticmethod
-    def _float(y: Tensor) -> Tensor: return y.float().contiguous()
+    def _whole(pixels: _Pixels) -> Tensor:
+        "All of a picture, (1, 3, H, W), continued to sides that are multiples of 16."
+        return pixels.padded(*((0, -(-n // DOWNSAMPLING) * DOWNSAMPLING) for n in pixels.size[::-1]))
+
+    def _latents_of(self, x: Tensor) -> Tensor: return self.model.analysis(self._scaled(x)).float().contiguous()
 
     def _scaled(self, x: Tensor) -> Tensor:
         "Pixels (1, 3, H, W), uint8 or float 0 ... 1, as the model takes them."
@@ -490,13 +525,11 @@ class Codec:
         if 4 * np.prod(shape, dtype=float) <= budget / 2: return torch.empty(shape, device=self.device)
         return torch.from_numpy(np.memmap(tempfile.TemporaryFile(), np.float32, "w+", shape=shape))
 
-    def _with_thumbnail(self, analysis, image, tile: int | None, thumbnail: bool | None) -> tuple[Tensor, Latents]:
+    def _with_thumbnail(self, analysis: Analysis, pixels: _Pixels, tile: int | None, thumbnail: bool | None) -> Analysis:
         "The same with a thumbnail among the streams, where it is wanted."
-        y, picture = analysis
-        if not (self._frame(picture, tile).tile is not None if thumbnail is None else thumbnail): return analysis
-        small = self._reduced(self._picture(image, picture.streams))
-        data = self.compress(small, tile=0, thumbnail=False)
-        return y, replace(picture, streams=picture.streams | {THUMBNAIL: data})
+        if not (self._frame(analysis, tile).tile is not None if thumbnail is None else thumbnail): return analysis
+        data = self.compress(self._reduced(pixels), tile=0, thumbnail=False)
+        return replace(analysis, streams=analysis.streams | {THUMBNAIL: data})
 
     @staticmethod
     def _reduced(pixels: _Pixels) -> Image.Image:
@@ -546,13 +579,24 @@ class Codec:
         indexes = self._indexes(z, rows, columns, tuple(y.shape[2:]))
         return symbols[0].to(torch.int32).cpu().numpy(), indexes, self._unscaled(mean + symbols, level)
 
-    def _quantize(self, analysis: tuple[Tensor, Latents], level: int | None) -> Latents:
-        y, picture = analysis
+    def quantize(self, analysis: Analysis, level: int | None = None) -> Latents:
+        """The latents that a file holds at a rate level: 0 ... `levels` - 1, None for the default, or for a model of one rate.
+
+        `level_of` has the level of a quality, `find_level` that of a size.
+        """
+        level, y = self._checked_level(level), analysis.y
         z = self._hyperlatents(y, level)
         parts = ((rows, columns, *self._symbols(y, z, level, rows, columns)) for rows, columns in self._areas(y.shape[2:]))
         symbols, indexes, y_hat = self._collected(parts, z, y.shape[2:])
-        return replace(picture, symbols=symbols, indexes=indexes, level=level, y_hat=y_hat,
-                       hyperlatents=z[0].to(torch.int32).cpu().numpy())
+        return Latents(analysis.width, analysis.height, symbols, z[0].to(torch.int32).cpu().numpy(), indexes, y_hat, analysis.alpha,
+                       level, analysis.streams)
+
+    def _checked_level(self, level: int | None) -> int | None:
+        if level is None: return self.level_of() if self.levels else None
+        if not self.levels: raise self._one_rate()
+        if isinstance(level, bool) or not isinstance(level, (int, np.integer)) or not 0 <= level < self.levels:
+            raise CodecError(f"level must be a whole number in 0 ... {self.levels - 1}, not {level!r}.")
+        return int(level)
 
     def _areas(self, size: tuple[int, int], unit: int = HYPER_DOWNSAMPLING) -> list[tuple[Span, Span]]:
         "The parts of latents of `size` that are predicted at a time, in multiples of `unit`."
@@ -623,12 +667,29 @@ class Codec:
         return CodecError(f"The model {self.name or self.fingerprint.hex()} has one rate: leave out quality, bpp and max_bytes, or "
                           f"take a model with rate levels ({able or 'none is shipped with this release'}).")
 
-    def _search(self, analysis, bpp: float | None, max_bytes: float | None, tile: int | None) -> tuple[int, bytes]:
+    def check_rate(self, *, quality: float | str | None = None, bpp: float | None = None, max_bytes: int | None = None) -> None:
+        "Raises `CodecError` for what this model cannot be asked, before a picture is looked at. Options as in `compress`."
+        if sum(option is not None for option in (quality, bpp, max_bytes)) > 1:
+            raise CodecError("Ask for one of quality, bpp and max_bytes, not for several.")
+        if not self.levels and (quality, bpp, max_bytes) != (None, None, None): raise self._one_rate()
+        if quality is not None: self.level_of(quality)
+        for name, value in (("bpp", bpp), ("max_bytes", max_bytes)):
+            if value is not None: _number(name, value)
+
+    def find_level(self, analysis: Analysis, *, quality: float | str | None = None, bpp: float | None = None,
+                   max_bytes: int | None = None, tile: int | None = None) -> int | None:
+        """The rate level of a picture for a quality, or for `bpp` or `max_bytes`, which are searched for by coding at some levels.
+
+        Options as in `compress`; the default level without any, None for a model of one rate.
+        """
+        self.check_rate(quality=quality, bpp=bpp, max_bytes=max_bytes)
+        if bpp is not None or max_bytes is not None: return self._search(analysis, bpp, max_bytes, tile)[0]
+        return self.level_of(quality) if self.levels else None
+
+    def _search(self, analysis: Analysis, bpp: float | None, max_bytes: float | None, tile: int | None) -> tuple[int, bytes]:
         "The level that comes nearest to `bpp`, or the highest whose file has at most `max_bytes`; and the file."
-        picture, most = analysis[1], max_bytes
-        if max_bytes is None: most = _number("bpp", bpp) * picture.width * picture.height / 8
-        else: _number("max_bytes", max_bytes)
-        alpha, low, high, best = self._coded_alpha(picture, tile), 0, self.levels - 1, None
+        most = bpp * analysis.width * analysis.height / 8 if max_bytes is None else max_bytes
+        alpha, low, high, best = self._coded_alpha(analysis, tile), 0, self.levels - 1, None
         while low <= high:
             level = (low + high) // 2
             data = self._coded(analysis, level, tile, alpha)
@@ -712,29 +773,28 @@ class Codec:
 
     def encode(self, latents: Latents, tile: int | None = None) -> bytes:
         "The bytes of a `.hfc` file for latents of this model; `tile` as in `compress`."
-        return self._file(latents, latents.hyperlatents, partial(_part_of, latents), tile, self._coded_alpha(latents, tile))
+        return self._file(self._frame(latents, tile, latents.level), latents.hyperlatents, partial(_part_of, latents),
+                          self._coded_alpha(latents, tile))
 
-    def _frame(self, picture: Latents, tile: int | None) -> HfcFile:
+    def _frame(self, picture: Analysis | Latents, tile: int | None, level: int | None = None) -> HfcFile:
         "The file of a picture, with nothing coded yet: its tiles are known."
         if tile is None: tile = TILE_SIDE if picture.width * picture.height > TILED_FROM else 0
         if tile % TILE_UNIT or tile < 0:
             raise CodecError(f"The side of tiles must be a multiple of {TILE_UNIT} pixels, or 0 for none, not {tile!r}.")
         return HfcFile(picture.width, picture.height, self.fingerprint, self.coder.id, b"",
-                       None if picture.alpha is None else b"", picture.level, tile // TILE_UNIT or None, (), picture.streams)
+                       None if picture.alpha is None else b"", level, tile // TILE_UNIT or None, (), picture.streams)
 
-    def _coded_alpha(self, picture: Latents, tile: int | None) -> list[bytes]:
+    def _coded_alpha(self, picture: Analysis | Latents, tile: int | None) -> list[bytes]:
         "The coded alpha channel, of each tile or of the whole; b\"\" where there is none or it is opaque."
         frame = self._frame(picture, tile)
         if picture.alpha is None: return [b""] * max(1, frame.grid[0] * frame.grid[1])
         if frame.tile is None: return [_encode_alpha(picture.alpha)]
         return [_encode_alpha(picture.alpha.crop(frame.tile_box(k))) for k in range(frame.grid[0] * frame.grid[1])]
 
-    def _file(self, picture: Latents, z: np.ndarray, part: Callable[[Span, Span], tuple], tile: int | None,
-              alpha: list[bytes]) -> bytes:
-        "The file of hyperlatents (N, hz, wz) and of latents: `part(rows, columns)` gives symbols, and what codes them."
-        file, tables = self._frame(picture, tile), self.coding.latents
-        hyper = (z.ravel(), _channel_indexes(z.shape), self.coding.hyperlatents)
-        size = [-(-n // DOWNSAMPLING) for n in (picture.height, picture.width)]
+    def _file(self, file: HfcFile, z: np.ndarray, part: Callable[[Span, Span], tuple], alpha: list[bytes]) -> bytes:
+        "A frame filled with hyperlatents (N, hz, wz) and with latents: `part(rows, columns)` gives symbols, and what codes them."
+        tables, hyper = self.coding.latents, (z.ravel(), _channel_indexes(z.shape), self.coding.hyperlatents)
+        size = [-(-n // DOWNSAMPLING) for n in (file.height, file.width)]
         if file.tile is None:
             payload = self.coder.encode([hyper, *symbol_parts(*part(*((0, n) for n in size)), tables)])
             return pack(replace(file, payload=payload, alpha=None if file.alpha is None else alpha[0]))
@@ -745,16 +805,15 @@ class Codec:
                 tiles[k] = Tile(self.coder.encode(symbol_parts(symbols[area], indexes[area], tables)), alpha[k])
         return pack(replace(file, payload=self.coder.encode([hyper]), tiles=tuple(tiles)))
 
-    def _coded(self, analysis: tuple[Tensor, Latents], level: int | None, tile: int | None, alpha: list[bytes]) -> bytes:
+    def _coded(self, analysis: Analysis, level: int | None, tile: int | None, alpha: list[bytes]) -> bytes:
         "The file at a level. With tiles, no more of the symbols is in memory than is coded at once."
-        y, picture = analysis
-        picture = replace(picture, level=level)
-        if self._frame(picture, tile).tile is None:
-            latents = self._quantize(analysis, level)
-            return self._file(latents, latents.hyperlatents, partial(_part_of, latents), tile, alpha)
+        file, y = self._frame(analysis, tile, level), analysis.y
+        if file.tile is None:
+            latents = self.quantize(analysis, level)
+            return self._file(file, latents.hyperlatents, partial(_part_of, latents), alpha)
         z = self._hyperlatents(y, level)
         def part(rows, columns): return self._symbols(y, z, level, rows, columns)[:2]
-        return self._file(picture, z[0].to(torch.int32).cpu().numpy(), part, tile, alpha)
+        return self._file(file, z[0].to(torch.int32).cpu().numpy(), part, alpha)
 
     def compress(self, image, *, quality: float | str | None = None, bpp: float | None = None, max_bytes: int | None = None,
                  tile: int | None = None, thumbnail: bool | None = None, streams: dict[str, bytes] | None = None,
@@ -771,10 +830,10 @@ class Codec:
         tensor are stored as they are, in that profile; without one, pictures are converted to sRGB.
         memory: in place of the codec's. A picture that needs more goes through the encoder in pieces.
         """
-        level = self._wanted(quality, bpp, max_bytes)
-        analysis = self._with_thumbnail(self._analyse(image, streams or {}, memory), image, tile, thumbnail)
+        self.check_rate(quality=quality, bpp=bpp, max_bytes=max_bytes)
+        analysis = self.analyse(image, tile=tile, thumbnail=thumbnail, streams=streams, memory=memory)
         if bpp is not None or max_bytes is not None: return self._search(analysis, bpp, max_bytes, tile)[1]
-        return self._coded(analysis, level, tile, self._coded_alpha(analysis[1], tile))
+        return self._coded(analysis, self.find_level(analysis, quality=quality), tile, self._coded_alpha(analysis, tile))
 
     def read_files_of(self, other: str | os.PathLike | Model) -> "Codec":
         """Decode the files of another model from now on, with this codec's generator; returns the codec.
