@@ -17,7 +17,7 @@ from hific_nb import coders, rans
 from hific_nb.coders import CoderUnavailableError, coder_name, get_coder, list_coders, table_bits
 from hific_nb.entropy_models import IndexedTables, tables_from_pmfs
 from hific_nb.rans import CorruptStreamError
-from test_coding import INT32, LATENTS, latents, parts_strategy, random_tables
+from test_coding import INT32, LATENTS, big_integer, from_big_integer, latents, parts_strategy, random_tables
 
 NAMES = ["rans", "rans-numpy", "torchac", "constriction"]
 quick = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -67,6 +67,22 @@ def test_all_coders_give_the_same_symbols_back_in_about_the_ideal_number_of_byte
     # At most the ideal under the tables, a part's sections, and for each symbol one bit of rounding.
     total = sum(len(symbols) for symbols, _, _ in parts)
     assert 8 * len(data) <= table_bits(parts) + total + len(parts) * 8 * (5 * 6 + 1) + 8 * 9
+
+
+@quick
+@given(parts_strategy)
+def test_all_four_and_one_big_integer_tell_the_same(parts):
+    """What each of them reads from its own stream, held against what an endless integer holds."""
+    here = []
+    for name in NAMES:
+        try: here.append(get_coder(name))
+        except CoderUnavailableError: pass
+    assert len(here) >= 2
+    wanted, rest = from_big_integer(big_integer(parts), parts)
+    assert rest == 1
+    for coder in here:
+        found = decode(coder, coder.encode(parts), parts)
+        assert all(np.array_equal(out, other) for out, other in zip(found, wanted, strict=True)), coder.name
 
 
 @quick

@@ -17,9 +17,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hific_nb import rans
+from hific_nb import Codec, rans
 from hific_nb.coders import CoderUnavailableError, get_coder, list_coders, table_bits
 from hific_nb.config import HificError
+from hific_nb.data import sample_photo
 from hific_nb.entropy_models import (
     IndexedTables, TableError, scale_grid, scale_tables, scale_thresholds, tables_from_pmfs)
 from hific_nb.hfc import (
@@ -316,6 +317,18 @@ def test_overhead_over_the_densities(spread, rate, limit):
     data = rans_encode([(symbols, np.searchsorted(scale_thresholds(scale_grid()), scale), LATENTS)])
     assert abs(ideal / n / rate - 1) < 0.1  # the rate the limit belongs to
     assert 8 * len(data) <= ideal * (1 + limit)
+
+
+@pytest.mark.parametrize("size", [(256, 256), (768, 512)])
+def test_whole_files_at_the_lowest_rate_of_hific(size):
+    "Header, checksum and final states included, against the ideal under the densities; smaller rates make them count most."
+    codec, rates = Codec.from_pretrained("hific-lite", device="cpu"), []
+    for name in ("coffee", "chelsea", "rocket"):
+        latents = codec.encode_latents(sample_photo(name).resize(size), quality="low")
+        data = codec.encode(latents)
+        assert len(data) <= codec.ideal_bits(latents) / 8 * 1.005 + 40, name
+        rates.append(8 * len(data) / (size[0] * size[1]))
+    assert 0.08 < np.mean(rates) < 0.25
 
 
 def test_parts_share_their_states():

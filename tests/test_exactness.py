@@ -15,7 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from hific_nb import Codec
+from hific_nb.coders import table_bits
 from hific_nb.config import ModelConfig, model_preset
+from hific_nb.data import sample_photo
 from hific_nb.entropy_models import scale_grid, scale_thresholds
 from hific_nb.hyperprior import HYPERLATENT_BOUND, HyperSynthesis, IntegerSynthesis, ThresholdLookup
 from hific_nb.model import Model, save_model
@@ -134,6 +137,76 @@ def test_integers_are_close_to_floats(found):
 
 def test_tables_and_fingerprint_are_built_alike_everywhere(found):
     assert len({result["fingerprint"] for result in found.values()}) == 1, found
+
+
+CODEC = """
+import hashlib, json, sys
+import numpy as np, torch
+from hific_nb import Codec
+from hific_nb.data import sample_photo
+
+name, *out = sys.argv[1:]
+torch.set_num_threads(1)
+if out == ["encode"]:
+    photo = sample_photo("coffee").crop((100, 50, 301, 178))  # no side a multiple of 64
+    with open(name, "wb") as f: f.write(Codec.from_pretrained("hific-lite", device="cpu", dtype=torch.float32).compress(photo))
+    raise SystemExit
+found, pictures = {}, {}
+for dtype, layout, threads, onednn in (("float32", "channels_last", 1, True), ("float32", "contiguous_format", 2, True),
+                                       ("float32", "contiguous_format", 1, False), ("float64", "channels_last", 2, True),
+                                       ("float64", "contiguous_format", 1, False), ("bfloat16", "channels_last", 1, True),
+                                       ("bfloat16", "contiguous_format", 2, True)):
+    torch.set_num_threads(threads)
+    torch.backends.mkldnn.enabled = onednn
+    codec = Codec.from_pretrained("hific-lite", device="cpu", dtype=getattr(torch, dtype))
+    codec.model.to(memory_format=getattr(torch, layout))
+    latents = codec.decode_latents(name)
+    arrays = latents.hyperlatents, latents.symbols, latents.indexes
+    key = f"{dtype} {layout} {threads} {onednn}"
+    found[key] = hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)).hexdigest()
+    pictures[key] = np.asarray(codec.generate(latents))
+np.savez(out[0], **pictures)
+print(json.dumps(found))
+"""
+
+
+def test_a_file_decodes_in_other_processes_whatever_the_generator_computes_in(tmp_path):
+    """Encoded in one process; decoded in others under each setting, on one thread and two, without oneDNN, with weights in either
+    memory layout and the generator in float32, float64 and bfloat16: the same symbols, and pixels that agree to rounding."""
+    def python(*arguments, **variables):
+        env = {k: v for k, v in os.environ.items() if k not in ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_CBWR")}
+        env |= dict(OMP_NUM_THREADS="2", OMP_WAIT_POLICY="PASSIVE", PYTHONPATH=str(ROOT)) | variables
+        done = subprocess.run([sys.executable, "-c", CODEC, *map(str, arguments)], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, (variables, done.stderr)
+        return done.stdout
+    file = tmp_path / "photo.hfc"
+    python(file, "encode")
+    digests, pictures = set(), {}
+    for i, (name, variables) in enumerate(SETTINGS.items()):
+        digests |= set(json.loads(python(file, tmp_path / f"{i}.npz", **variables).splitlines()[-1]).values())
+        with np.load(tmp_path / f"{i}.npz") as arrays: pictures |= {(name, key): arrays[key].astype(int) for key in arrays}
+    assert len(digests) == 1
+    reference = pictures["as it is", "float32 channels_last 1 True"]
+    assert reference.shape == (128, 201, 3) and reference.std() > 20 and len(pictures) == 7 * len(SETTINGS)
+    for key, picture in pictures.items():
+        assert np.abs(picture - reference).max() <= (8 if "bfloat16" in key[1] else 2), key
+
+
+@pytest.mark.parametrize("quality", ["low", "high"])
+def test_exact_indexes_cost_less_than_half_a_percent_in_rate(quality):
+    """Of trained weights, on photos: the bits of the symbols under the integers' table rows and under the float network's."""
+    codec = Codec.from_pretrained("hific-lite", device="cpu", dtype=torch.float32)
+    coding, bits, same = codec.model.coding, np.zeros(2), []
+    for photo in ("coffee", "chelsea", "rocket"):
+        latents = codec.encode_latents(sample_photo(photo).resize((384, 256)), quality=quality)
+        with torch.inference_mode():
+            scales = codec.model.Hyperprior.synthesize(torch.from_numpy(latents.hyperlatents)[None].float(),
+                                                       latents.symbols.shape[1:])[1]
+        rows = np.searchsorted(scale_thresholds(coding.scales), scales[0].double().numpy(), side="right")
+        same.append((rows == latents.indexes).mean())
+        bits += [table_bits([(latents.symbols.ravel(), r.ravel(), coding.latents)]) for r in (latents.indexes, rows)]
+    assert 0.98 < np.mean(same) < 1, "they are the same for most latents, and are not the same network"
+    assert abs(bits[0] / bits[1] - 1) < 0.005
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (4, 4), (5, 3), (17, 9)])
