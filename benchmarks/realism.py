@@ -1,0 +1,142 @@
+"""Distortion against perception: stage 1, GAN, and the blends between them, from one file a photo and level.
+
+    python benchmarks/realism.py --photos ../shared/data/train ../shared/data/kodak --held-back ../shared/data/train \
+        --weights ../shared/weights --card hific_nb/models/hific-lite-v1
+
+Each photo is encoded once a level and decoded by both generators, by networks between their weights (room 17,
+`GeneratorPair`), and as blends of the two pictures. Of each: PSNR and LPIPS (AlexNet) as means over photos, and the Fréchet and
+kernel distances of all 256 x 256 patches, laid as in HiFiC's paper, in features of VGG16. Of a folder named by --held-back, only
+the photos count that training held back. The kernel distance comes with its standard error, by leaving out a tenth of the photos at
+a time. With --card, the figures are written into card.json of that model folder as well: the explorer what_the_gan_adds draws
+them. Pictures are blended at the levels of --pixels alone: it is the features that take the time.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hific_nb.codec import hardware_bfloat16
+from hific_nb.config import write_atomic
+from hific_nb.data import find_images, holdout_split, image_to_tensor, read_image, split_alpha
+from hific_nb.evaluation import VGG16Features, patch_features
+from hific_nb.metrics import bpp, frechet_distance, kernel_distance, psnr
+from hific_nb.perceptual import LPIPS
+from hific_nb.widgets import GeneratorPair, PictureBlends
+
+
+def jackknife(originals, decoded, photo, groups=10):
+    "The standard error of the kernel distance: groups of photos are left out, one after the other."
+    group = np.unique(photo, return_inverse=True)[1] % groups
+    left = [kernel_distance(originals[group != g], decoded[group != g]) for g in range(groups) if (group != g).any()]
+    return float(np.sqrt((len(left) - 1) / len(left) * np.square(np.array(left) - np.mean(left)).sum()))
+
+
+class Measure:
+    "The networks that look: LPIPS of two pictures, features of a picture's patches."
+    def __init__(self, weights, device):
+        self.device, self.lpips, self.features = device, LPIPS("alex", weights).to(device), VGG16Features(weights).to(device)
+        self.dtype = torch.bfloat16 if hardware_bfloat16(device) else torch.float32
+
+    @torch.inference_mode()
+    def distance(self, a, b):
+        if min(a.size) < 31: return None
+        return float(self.lpips(*(image_to_tensor(x)[None].to(self.device).float() / 255 for x in (a, b))))
+
+    def patches(self, image):
+        with torch.autocast(torch.device(self.device).type, self.dtype, enabled=self.dtype != torch.float32):
+            return patch_features(self.features, image)
+
+
+def measure_set(name, paths, pair, looking, levels, shares, pixel_levels, progress):
+    "One folder: photos, patches and rows of figures."
+    wanted = [(label, level, share, way) for label, level in levels.items() for share in shares
+              for way in (("",) if share in (0, 1) else ("weights", "pixels") if label in pixel_levels else ("weights",))]
+    kept = {key: [] for key in wanted}
+    originals, photo, features = [], [], {key: [] for key in wanted}
+    for k, path in enumerate(paths):
+        image = split_alpha(read_image(path))[0]
+        blends, own = PictureBlends(pair, image), looking.patches(image)
+        originals.append(own)
+        photo += [k] * len(own)
+        for key in wanted:
+            label, level, share, way = key
+            decoded = blends.picture(share, way or "weights", level)
+            kept[key].append((bpp(len(blends.data(level)), *image.size), psnr(image, decoded), looking.distance(image, decoded)))
+            features[key].append(looking.patches(decoded))
+        progress(name, k + 1, len(paths))
+    originals, rows = np.concatenate(originals), []
+    for key in wanted:
+        label, level, share, way = key
+        rates, quality, lpips = zip(*kept[key])
+        decoded, lpips = np.concatenate(features[key]), [v for v in lpips if v is not None]
+        enough = len(originals) > 1
+        rows.append(dict(level=label, rate_level=level, share=share, way=way, bpp=float(np.mean(rates)),
+                         psnr=float(np.mean(quality)), lpips_alex=float(np.mean(lpips)) if lpips else None,
+                         fid_vgg16=frechet_distance(originals, decoded) if enough else None,
+                         kid_vgg16=kernel_distance(originals, decoded) if enough else None,
+                         kid_error=jackknife(originals, decoded, photo) if len(set(photo)) > 10 else None))
+    return dict(name=name, photos=len(paths), patches=len(originals), rows=rows)
+
+
+def rounded(x):
+    if isinstance(x, float): return float(f"{x:.6g}")
+    if isinstance(x, dict): return {key: rounded(value) for key, value in x.items()}
+    return [rounded(value) for value in x] if isinstance(x, list) else x
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="hific-lite-base")
+    parser.add_argument("--gan", default="hific-lite")
+    parser.add_argument("--photos", type=Path, nargs="+", required=True, help="folders, each a set of its own")
+    parser.add_argument("--held-back", type=Path, nargs="*", default=[], help="those of them that were trained on")
+    parser.add_argument("--levels", nargs="+", default=["low", "med", "high"], help="names, or qualities 0 ... 100")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1], help="of the GAN")
+    parser.add_argument("--pixels", nargs="*", default=["med"], help="levels at which pictures are blended, too")
+    parser.add_argument("--limit", type=int, help="photos of each folder, spread over all")
+    parser.add_argument("--weights", type=Path, help="folder with AlexNet's and VGG16's; default: as LPIPS finds them")
+    parser.add_argument("--device")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/realism.json"))
+    parser.add_argument("--card", type=Path, help="model folder of the GAN")
+    args = parser.parse_args(arguments)
+    pair = GeneratorPair(args.base, args.gan, device=args.device)
+    looking = Measure(args.weights, str(pair.codec.device))
+    levels = {text: pair.codec.level_of(text if text.isalpha() else float(text)) if pair.codec.levels else None
+              for text in args.levels}
+    start, sets = time.time(), []
+
+    def progress(name, done, total):
+        print(f"\r{name}: {done} of {total} photos, {time.time() - start:.0f} s", end="" if done < total else "\n", flush=True)
+
+    for folder in args.photos:
+        paths = sorted(find_images(folder))
+        if folder in args.held_back: paths = holdout_split(paths)[1]
+        if args.limit: paths = paths[:: max(1, len(paths) // args.limit)][: args.limit]
+        name = f"{folder.name}, held back" if folder in args.held_back else folder.name
+        sets.append(measure_set(name, paths, pair, looking, levels, args.shares, args.pixels, progress))
+    result = dict(base=pair.names[0], gan=pair.names[1], fingerprints=[f.hex() for f in pair.fingerprints],
+                  features="VGG16, its last convolution, mean over a patch of 256 x 256",
+                  dtype=str(looking.dtype).removeprefix("torch."), date=datetime.date.today().isoformat(),
+                  machine=f"{platform.machine()}, {os.cpu_count()} cores", python=platform.python_version(),
+                  torch=torch.__version__, seconds=round(time.time() - start), sets=sets)
+    result = rounded(result)
+    write_atomic(args.out, (json.dumps(result, indent=1) + "\n").encode())
+    if args.card:
+        card = json.loads((args.card/"card.json").read_text())
+        if card["fingerprint"] != result["fingerprints"][1]:
+            parser.error(f"{args.card} is not the folder of {args.gan}: its fingerprint is {card['fingerprint']}.")
+        write_atomic(args.card/"card.json", (json.dumps(card | dict(realism=result), indent=1) + "\n").encode())
+    for s in result["sets"]:
+        print(f"\n{s['name']}: {s['photos']} photos, {s['patches']} patches")
+        for row in s["rows"]: print("  " + "  ".join(f"{key} {value}" for key, value in row.items() if value is not None))
+
+
+if __name__ == "__main__":
+    main()
