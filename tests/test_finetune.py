@@ -1,15 +1,20 @@
 """A model that goes on training on other photos: what becomes of the files that the old one wrote."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from hific_nb.codec import Codec, CodecError
-from hific_nb.config import Objective, TrainConfig
+from hific_nb.config import Objective, TrainConfig, find_job
 from hific_nb.data import sample_photo
 from hific_nb.hfc import ModelMismatchError
-from hific_nb.training import train
-from hific_nb.zoo import load_pretrained
+from hific_nb.model import ModelError
+from hific_nb.training import inherited_objective, train
+from hific_nb.zoo import load_pretrained, model_info, save_pretrained, write_card
+
+from tiny import tiny_model
 
 # Twelve steps: from the ninth on, averaging turns a weight of -0.0 that stays into 0.0, which must not reach the model folder.
 SHORT = TrainConfig(n_steps=12, batch_size=1, crop_size=64, learning_rate=1e-3, dtype="float32", log_every=1, ema_decay=0.9)
@@ -48,3 +53,40 @@ def test_a_tuned_encoder_breaks_with_the_old_files(tuned):
     data = old.compress(sample_photo("coffee").crop((0, 0, 64, 64)))
     with pytest.raises(ModelMismatchError, match="hific-lite"): new.decompress(data)
     with pytest.raises(CodecError, match="more than encoder and generator"): new.read_files_of("hific-lite")
+
+
+def test_models_say_what_they_were_trained_for(tuned, tmp_path):
+    for folder in tuned:
+        assert model_info(folder).objective == Objective.for_regime("med", k_P=0.0).to_dict()
+        kept = Codec.from_pretrained(folder, device="cpu").save_pretrained(tmp_path / folder.parent.name)
+        assert model_info(kept).objective == model_info(folder).objective
+        for source in (folder, folder.parent, kept):  # a model, a run, a copy
+            assert inherited_objective(source) == dict(lambda_lowest_rate=6.0, lambda_highest_rate=0.04, level_balance=0.5, k_P=0.0)
+    assert inherited_objective(save_pretrained(tiny_model(levels=True), tmp_path / "silent")) == {}
+    one_rate = save_pretrained(tiny_model(), tmp_path / "one-rate", objective=Objective(k_P=3.0).to_dict())
+    assert model_info(one_rate).objective["k_P"] == 3.0 and inherited_objective(one_rate) == {}
+    write_card(one_rate, objective=["k_P"])
+    with pytest.raises(ModelError, match="card.json is damaged"): inherited_objective(one_rate)
+
+
+def test_a_run_takes_over_what_moves_the_rates(tmp_path):
+    """The cells of the job before the run: what the warm start says, what the user says, and what is there without either."""
+    cells = [cell for cell in json.loads(find_job("train").read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    defaults, *before = ["".join(cell["source"]) for cell in cells[:3]]
+
+    def objective(**given):
+        names = {"__name__": "job"}
+        exec(defaults, names)
+        names |= dict(dataset=str(tmp_path), run=str(tmp_path / "run")) | given
+        for cell in before: exec(cell, names)
+        return names["objective"]
+
+    plain = Objective.for_regime("low")
+    moved = dict(lambda_lowest_rate=16.0, lambda_highest_rate=0.02, level_balance=0.5, k_P=5.0)
+    folder = save_pretrained(tiny_model(levels=True), tmp_path / "tiny", objective=moved | dict(level_balance=0.25, beta=9.0))
+    shipped = dict(warm_start="hific-lite-base-v1", preset="warm_start")
+    mine = dict(k_P=2.0, level_balance=0.0)
+    for given, wanted in (({}, {}), (shipped, moved), (shipped | mine, moved | mine),
+                          (dict(warm_start=str(folder), preset="warm_start"), moved | dict(level_balance=0.25)),
+                          (shipped | dict(preset="hific-lite"), {})):  # a model of one rate has no use for it
+        assert objective(**given) == plain.replace(**wanted), given

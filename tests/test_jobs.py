@@ -18,6 +18,7 @@ from hific_nb import Codec
 from hific_nb.cli import main as cli_main
 from hific_nb.config import ConfigError, job_parameters
 from hific_nb.data import sample_photo, sample_photo_path, write_shard
+from hific_nb.training import inherited_objective
 
 ROOT = Path(__file__).resolve().parent.parent
 JOBS = sorted((ROOT / "nbs" / "jobs").glob("*.ipynb"))
@@ -159,6 +160,9 @@ def test_hific_train_makes_the_run_and_its_report(tmp_path, capfd):
     assert "step 2, loss" in capfd.readouterr().out and (run / "train.ipynb").exists() and (run / "model" / "config.json").exists()
     about = json.loads((run / "run.json").read_text())
     assert about["warm_start"] == "hific-lite" and about["warm_start_report"]["not_loaded"] == []
+    taken = inherited_objective("hific-lite")
+    assert taken and taken.items() <= about["objective"].items()
+    assert f"Taken over from its objective: lambda_lowest_rate {taken['lambda_lowest_rate']:g}" in (run / "train.ipynb").read_text()
     assert cli_main(["train", "--dataset", str(photos), "--run", str(tmp_path / "other"), "--perceptual", "nothing"]) == 1
     assert "perceptual" in capfd.readouterr().err
 
