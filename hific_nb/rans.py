@@ -544,19 +544,20 @@ def rans_encode(parts: Sequence[tuple], lanes: int | None = None, compiled: bool
 class RansDecoder:
     """Reads the parts of a stream of `rans_encode` in their order; `close` then proves that all of it was used.
 
-    Every damage that shows raises `CorruptStreamError`; none reads outside the stream, hangs or wraps around.
+    states: (lanes,) int64, between two calls of `read`. words: (n,) uint16, what the states are refilled from. position: how many
+    of these are read. Every damage that shows raises `CorruptStreamError`; none reads outside the stream, hangs or wraps around.
     """
 
     def __init__(self, data: bytes, compiled: bool = True):
         self._compiled, data = compiled, bytes(data)
-        self._states, self._words, self._position = np.zeros(0, np.int64), np.zeros(0, np.uint16), 0
+        self.states, self.words, self.position = np.zeros(0, np.int64), np.zeros(0, np.uint16), 0
         if not data: return  # a stream of no symbols
         begin = 1 + 4 * data[0]
         if begin == 1 or len(data) < begin or (len(data) - begin) % 2:
             raise CorruptStreamError(f"The coded stream is cut or damaged at its start. {_AGAIN}")
-        self._states = np.frombuffer(data, "<u4", data[0], offset=1).astype(np.int64)
-        self._words = np.frombuffer(data, "<u2", offset=begin).astype(np.uint16)
-        if self._states.min() < STATE_LOW:
+        self.states = np.frombuffer(data, "<u4", data[0], offset=1).astype(np.int64)
+        self.words = np.frombuffer(data, "<u2", offset=begin).astype(np.uint16)
+        if self.states.min() < STATE_LOW:
             raise CorruptStreamError(f"The coded stream begins with an impossible state. {_AGAIN}")
 
     def read(self, indexes, tables: IndexedTables) -> np.ndarray:
@@ -564,10 +565,10 @@ class RansDecoder:
         indexes, ready = check_indexes(indexes, tables)
         out = np.empty(len(indexes), np.int32)
         if not len(out): return out
-        if not len(self._states):
+        if not len(self.states):
             raise CorruptStreamError(f"The coded stream holds no symbols where some are expected. {_AGAIN}")
         kernel = _compiled("decode") if self._compiled else None
-        states, words, position = self._states, self._words, self._position
+        states, words, position = self.states, self.words, self.position
         if not kernel: states, words = states.tolist(), words.data
         for lo, hi in _chunks(len(out), len(states), bool(kernel)):
             if kernel:
@@ -575,17 +576,17 @@ class RansDecoder:
                                   ready.buckets, ready.bucket_bits, ready.precision, states, words, position)
             else: position = _decode_plain(out, indexes, lo, hi, ready, states, words, position)
             if position < 0: break
-        self._states[:] = states
+        self.states[:] = states
         if position < 0:
-            self._states = self._states[:0]  # nothing more is read from it
+            self.states = self.states[:0]  # nothing more is read from it
             what = "ends too early" if position == _EXHAUSTED else "holds a value that no encoder writes"
             raise CorruptStreamError(f"The coded stream {what}. {_AGAIN}")
-        self._position = position
+        self.position = position
         return out
 
     def close(self) -> None:
         "Check that every word was read and every lane is back where the encoder began; else `CorruptStreamError`."
-        if self._position != len(self._words) or (self._states != STATE_LOW).any():
+        if self.position != len(self.words) or (self.states != STATE_LOW).any():
             raise CorruptStreamError(f"The coded stream does not end where its symbols do. {_AGAIN}")
 
 

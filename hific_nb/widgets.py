@@ -762,8 +762,8 @@ class PictureFiles:
 
         def make() -> Side:
             with self._analysis_lock:
-                if self._analysis is None: self._analysis = self.codec._analyse(self.image, {})
-            data = self.codec.encode(self.codec._quantize(self._analysis, level))
+                if self._analysis is None: self._analysis = self.codec.analyse(self.image, thumbnail=False)
+            data = self.codec.encode(self.codec.quantize(self._analysis, level))
             return Side("ours", self.codec.name or "ours", level, ".hfc", data, self.codec.decompress(data))
 
         return self._side(("ours", 0 if level is None else level), make)
@@ -1363,9 +1363,9 @@ class PictureInside:
                               "model or coder.")
         self.codec, self.image = codec, _visible(image)
         self.level = level if level is not None or not codec.levels else codec.level_of()
-        analysis = codec._analyse(self.image, {})
-        self.latents = codec._quantize(analysis, self.level)
-        self.y, self.mean = analysis[0][0].float().cpu().numpy() * self._gains("gains"), self._means(self.latents.hyperlatents)
+        analysis = codec.analyse(self.image, thumbnail=False)
+        self.latents = codec.quantize(analysis, self.level)
+        self.y, self.mean = analysis.y[0].cpu().numpy() * self._gains("gains"), self._means(self.latents.hyperlatents)
         self.scale = codec.coding.scales[self.latents.indexes].astype(np.float32)
         self.data = codec.encode(self.latents, tile=0)
         self.picture = codec.decompress(self.data)
@@ -1456,15 +1456,15 @@ class PictureInside:
         if not 0 <= number < self.symbols: raise WidgetError(f"The stream's symbols are numbered 0 ... {self.symbols - 1}.")
         decoder, lane, kind, n = self._before(number)
         symbols, rows, tables = self.parts[kind]
-        ready, position = coding_tables(tables), decoder._position
+        ready, position = coding_tables(tables), decoder.position
         for i in range(n - lane, n + 1):  # the lanes of this round share the words
-            x, row, digits, words = int(decoder._states[i % self.lanes]), int(rows.flat[i]), [], []
+            x, row, digits, words = int(decoder.states[i % self.lanes]), int(rows.flat[i]), [], []
             starts = ready.row_starts[row]
 
             def refilled(x, words=words):
                 nonlocal position
                 if x >= STATE_LOW: return x
-                words.append((self._first_word + 2 * position, int(decoder._words[position])))
+                words.append((self._first_word + 2 * position, int(decoder.words[position])))
                 position += 1
                 return x << 16 | words[-1][1]
 
@@ -1491,7 +1491,7 @@ class PictureInside:
         last = min(number + 1 + self.lanes, self.symbols)
         for k in range(number + 1, last):
             if self.trace(k).words: return k
-        return None if last == self.symbols else self.reader_of(self._first_word + 2 * self._before(last)[0]._position)
+        return None if last == self.symbols else self.reader_of(self._first_word + 2 * self._before(last)[0].position)
 
     def reader_of(self, at: int) -> int | None:
         "The number of the symbol whose step reads the byte at this offset of the file; None for what is no word of the stream."
@@ -1501,7 +1501,7 @@ class PictureInside:
 
         def read_before(number):
             decoder, _, kind, n = self._before(number)
-            return decoder._position
+            return decoder.position
 
         while low < high:  # the last round of lanes that begins before the word is read
             middle = (low + high + 1) // 2
@@ -2774,7 +2774,7 @@ class PictureBlends:
     def __repr__(self) -> str: return f"PictureBlends({self.pair!r}, {self.image.width} x {self.image.height})"
 
     @cached_property
-    def _analysis(self): return self.pair.codec._analyse(self.image, {})
+    def _analysis(self): return self.pair.codec.analyse(self.image, thumbnail=False)
 
     @cached_property
     def _profile(self) -> torch.Tensor: return _patch_profile(self.image)
@@ -2786,7 +2786,7 @@ class PictureBlends:
         codec = self.pair.codec
         if level is None and codec.levels: level = codec.level_of()
         if level not in self._files:
-            data = codec.encode(codec._quantize(self._analysis, level))
+            data = codec.encode(codec.quantize(self._analysis, level))
             self._files[level] = data, codec.decode_latents(data)
             while len(self._files) > 8: self._files.popitem(last=False)
         return self._files[level]

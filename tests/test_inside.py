@@ -204,7 +204,7 @@ def test_other_steps(lite, inside):
 
 def test_gains_of_a_level(leveled, cup):
     inside = PictureInside(leveled, cup, 7)
-    y = leveled._analyse(cup, {})[0][0].numpy()
+    y = leveled.analyse(cup, thumbnail=False).y[0].numpy()
     gain = inside.y.reshape(len(y), -1).sum(1) / y.reshape(len(y), -1).sum(1)
     assert np.allclose(inside.y, y * gain[:, None, None], rtol=1e-5) and (gain > 1).any()
     assert np.array_equal(np.rint(inside.y - inside.mean), inside.latents.symbols)
