@@ -40,9 +40,10 @@ class BuildWithNotebooks(build_py):
         return super().get_outputs(include_bytecode) + packed
 
 
-extras = {extra: s[f"{extra}_requirements"].split() for extra in ("notebooks", "train", "baselines", "urls", "cluster", "coders")}
+extras = {extra: s[f"{extra}_requirements"].split()
+          for extra in ("notebooks", "train", "baselines", "urls", "cluster", "large", "coders")}
 extras["dev"] = sorted({*extras["notebooks"], *extras["train"], *extras["urls"], *extras["cluster"],
-                        *s["dev_requirements"].split()})
+                        *extras["large"], *s["dev_requirements"].split()})
 
 setup(
     name=name,

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 from .coders import CoderUnavailableError, Decoder, UnknownCoderError, coder_name, get_coder
 from .config import REGIMES, HificError, ModelConfig, file_size, is_url, open_file, write_atomic
-from .data import ImageError, read_image, split_alpha, tensor_to_image
+from .data import ImageError, _pillow_rules, _rawmode, read_image, split_alpha, tensor_to_image
 from .hfc import (ICC_PROFILE, TILE_UNIT, CorruptError, HfcError, HfcFile, HfcReader, ModelMismatchError, Tile,
                           TooLargeError, check_model, pack, read_hfc, write_hfc)
 from .hyperprior import (HYPER_DOWNSAMPLING, HYPERLATENT_BOUND, PredictedMixtures, exact_synthesis, read_symbols,
@@ -289,9 +289,61 @@ def _tiff(image) -> _Tiff | None:
     return tiff if tiff.size[0] * tiff.size[1] > TILED_FROM else None
 
 
+class _Vips:
+    "A JPEG or PNG of 8-bit grey or RGB that libvips decodes, strip by strip, into a temporary file; else `ValueError`."
+    def __init__(self, path: str | os.PathLike, header: Image.Image):
+        import pyvips
+
+        self.mode, self.size, self.icc = header.mode, header.size, header.info.get("icc_profile")
+        image = pyvips.Image.new_from_file(os.fspath(path), access="sequential", fail_on="error")
+        if (image.format, image.bands, image.width, image.height) != ("uchar", len(self.mode), *self.size): raise ValueError
+        self.file = pyvips.Image.new_temp_file("%s.v")
+        image.write(self.file)
+        self.region = pyvips.Region.new(self.file)
+
+    def crop(self, box: tuple[int, int, int, int]) -> Image.Image:
+        "A part as `read_image` gives it: sRGB, RGB."
+        left, top, right, bottom = box
+        image = Image.frombytes(self.mode, (right - left, bottom - top), self.region.fetch(left, top, right - left, bottom - top))
+        if self.icc: image.info["icc_profile"] = self.icc
+        return read_image(image, 2 ** 62)
+
+
+def _is_upright(header: Image.Image) -> bool:
+    "Whether a JPEG or PNG is known to be upright, before it is decoded: a PNG may say so in a chunk behind its pixels."
+    if header.format == "JPEG": return header.getexif().get(0x0112, 1) == 1
+    position = 8
+    while True:
+        header.fp.seek(position)
+        chunk = header.fp.read(8)
+        if chunk[4:] in (b"eXIf", b"zTXt", b"iTXt"): return False  # EXIF, also as text or XMP: Pillow looks into them
+        if chunk[4:] in (b"IEND", b""): return True
+        position += 12 + int.from_bytes(chunk[:4], "big")
+
+
+def _vips(image, max_pixels: int, budget: float) -> _Vips | None:
+    "A JPEG or PNG at a path that would take more than the budget in Pillow, which decodes it as a whole and turns a copy upright."
+    if not isinstance(image, (str, os.PathLike)) or is_url(image): return None
+    try:
+        with _pillow_rules(max_pixels), Image.open(image, formats=("JPEG", "PNG")) as header:
+            plain = header.mode in ("L", "RGB") and _rawmode(header) == header.mode and "transparency" not in header.info
+            if not plain or 8 * header.width * header.height <= budget or not _is_upright(header): return None
+    except Exception: return None  # left to `read_image`, which says what is wrong
+    try: import pyvips  # noqa: F401
+    except (ImportError, OSError):
+        warnings.warn(f"{image} is decoded as a whole, which takes more than the {budget / 2 ** 20:.0f} MiB that were given: "
+                      "pip install 'hific_nb[large]' has it read in strips.", stacklevel=2)
+        return None
+    try: return _Vips(image, header)
+    except Exception: return None
+
+
 class _Pixels:
-    "A picture of `size` (width, height) from which parts are read, (3, h, w), uint8 or float 0 ... 1; its alpha channel."
-    def __init__(self, image, max_pixels: int):
+    """A picture of `size` (width, height) from which parts are read, (3, h, w), uint8 or float 0 ... 1; its alpha channel.
+
+    budget: bytes from which on a file is not decoded into memory, where that can be helped.
+    """
+    def __init__(self, image, max_pixels: int, budget: float = float("inf")):
         self.tensor = image if isinstance(image, Tensor) else None
         if self.tensor is not None:
             self._check(image, max_pixels)
@@ -304,6 +356,10 @@ class _Pixels:
                                  "larger max_pixels if you trust this file.")
             self.image, self.size = tiff, tiff.size
             self.alpha = self._alpha() if tiff.mode == "RGBA" else None
+            return
+        vips = _vips(image, max_pixels, budget)
+        if vips is not None:
+            self.image, self.size, self.alpha = vips, vips.size, None
             return
         if type(image) is not Image.Image or image.mode not in ("RGB", "RGBA") or image.width * image.height > max_pixels \
                 or image.info.keys() & {"icc_profile", "transparency"} or image.getexif().get(0x0112, 1) != 1:
@@ -420,7 +476,7 @@ class Codec:
 
     # ---- a picture to latents
 
-    def _picture(self, image, streams: dict[str, bytes]) -> _Pixels:
+    def _picture(self, image, streams: dict[str, bytes], budget: float = float("inf")) -> _Pixels:
         "The picture to read from; with a colour profile, one whose colours stay as they are."
         if ICC_PROFILE in streams and not isinstance(image, Tensor):
             if not isinstance(image, Image.Image) or image.mode not in ("RGB", "RGBA"):
@@ -429,7 +485,7 @@ class Codec:
             if "icc_profile" in image.info and image.width * image.height <= self.max_pixels:
                 image = image.copy()
                 image.info.pop("icc_profile")
-        return _Pixels(image, self.max_pixels)
+        return _Pixels(image, self.max_pixels, budget)
 
     def encode_latents(self, image, *, quality: float | str | None = None, bpp: float | None = None,
                        max_bytes: int | None = None, tile: int | None = None, thumbnail: bool | None = None,
@@ -443,17 +499,13 @@ class Codec:
     def analyse(self, image, *, tile: int | None = None, thumbnail: bool | None = None, streams: dict[str, bytes] | None = None,
                 memory: int | str | None = None) -> Analysis:
         "The encoder alone: what is found of a picture for every rate. A picture and options as in `compress`."
-        streams = dict(streams or {})
-        pixels = self._picture(image, streams)
+        streams, budget = dict(streams or {}), self._budget(memory)
+        pixels = self._picture(image, streams, budget)
         W, H = pixels.size
-        size, budget = (-(-H // DOWNSAMPLING), -(-W // DOWNSAMPLING)), self._budget(memory)
+        size = -(-H // DOWNSAMPLING), -(-W // DOWNSAMPLING)
         y = self._encode_pieces(self._reader(pixels), size, budget) if self._is_large(self._encoder, size, budget) else \
             self._latents_of(self._whole(pixels))
         return self._with_thumbnail(Analysis(W, H, y, pixels.alpha, streams), pixels, tile, thumbnail)
-
-    def _analyse(self, image, streams): return (analysis := self.analyse(image, thumbnail=False, streams=streams)).y, analysis
-
-    def _quantize(self, analysis, level): return self.quantize(analysis[1], level)
 
     @torch.inference_mode()
     def analyse_batch(self, images: Sequence, *, tile: int | None = None, thumbnail: bool | None = None) -> list[Analysis] | None:
@@ -828,7 +880,8 @@ class Codec:
         thumbnail: whether the file carries a small picture, 1/40 as wide; None for one in a file with tiles.
         streams: named streams for the file to carry, such as "exif". With an ICC profile as "iccp" the colours of a PIL image or a
         tensor are stored as they are, in that profile; without one, pictures are converted to sRGB.
-        memory: in place of the codec's. A picture that needs more goes through the encoder in pieces.
+        memory: in place of the codec's. A picture that needs more goes through the encoder in pieces; a TIFF, and with the extra
+        `[large]` a JPEG or PNG, is read in parts where it would take more by itself.
         """
         self.check_rate(quality=quality, bpp=bpp, max_bytes=max_bytes)
         analysis = self.analyse(image, tile=tile, thumbnail=thumbnail, streams=streams, memory=memory)

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import zlib
 from contextlib import contextmanager
 from dataclasses import replace
 from unittest import mock
@@ -324,6 +325,58 @@ def test_tiffs_are_read_as_pillow_reads_them(kind, tmp_path, monkeypatch):
             assert np.array_equal(got.read(rows, columns).permute(1, 2, 0).numpy(), np.asarray(part))
         assert (got.alpha is None) == (kind != "RGBA") or np.array_equal(got.alpha, wanted.getchannel("A"))
         with pytest.raises(ImageError, match="max_pixels"): room._Pixels(path, 1000)
+
+
+def whole(path): return room._Pixels(path, 2 ** 30)
+
+
+def test_large_jpegs_and_pngs_are_read_in_parts(tmp_path, poster):
+    pytest.importorskip("pyvips", reason="libvips is not here")
+    for name, options in {"a.png": {}, "a.jpg": dict(quality=60), "fine.jpg": dict(quality=95, subsampling=0),
+                          "half.jpg": dict(quality=90, subsampling=1), "progressive.jpg": dict(progressive=True)}.items():
+        for image in (poster, poster.convert("L")):
+            image.save(path := tmp_path / name, **options)
+            parts = room._Pixels(path, 2 ** 30, 10 ** 6)
+            assert isinstance(parts.image, room._Vips) and type(whole(path).image) is Image.Image
+            for box in (((0, 700), (0, 1100)), ((611, 700), (3, 1100)), ((1, 2), (0, 1))):
+                assert torch.equal(parts.read(*box), whole(path).read(*box)), (name, box)
+    wide = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()  # a profile that does not fit is ignored by both
+    poster.save(tmp_path / "profile.png", icc_profile=wide)
+    with pytest.warns(UserWarning, match="profile"):
+        assert torch.equal(room._Pixels(tmp_path / "profile.png", 2 ** 30, 10).read((9, 99), (8, 88)),
+                           whole(tmp_path / "profile.png").read((9, 99), (8, 88)))
+
+
+def test_what_libvips_would_read_otherwise_is_left_to_pillow(tmp_path, poster):
+    pytest.importorskip("pyvips", reason="libvips is not here")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    deep = np.asarray(poster.convert("L")).astype(np.uint16) * 257
+    glass = poster.copy()
+    glass.putalpha(99)
+    for name, image, options in (("turned.jpg", poster, dict(exif=turned)), ("turned.png", poster, dict(exif=turned)),
+                                 ("alpha.png", glass, {}), ("deep.png", Image.fromarray(deep), {}), ("p.png", poster.quantize(9), {}),
+                                 ("key.png", poster, dict(transparency=(1, 2, 3))), ("cmyk.jpg", poster.convert("CMYK"), {})):
+        image.save(path := tmp_path / name, **options)
+        assert type(room._Pixels(path, 2 ** 30, 10).image) is Image.Image, name
+    poster.save(path := tmp_path / "late.png")
+    data = path.read_bytes()
+    exif = turned.tobytes().removeprefix(b"Exif\0\0")
+    chunk = b"eXIf" + exif
+    path.write_bytes(data[:-12] + len(exif).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big") + data[-12:])
+    assert room._Pixels(path, 2 ** 30, 10).size == whole(path).size == (700, 1100)
+    for name in ("cut.png", "cut.jpg"):
+        poster.save(path := tmp_path / name)
+        path.write_bytes(path.read_bytes()[:-9000])
+        with pytest.raises(ImageError, match="whole copy"): room._Pixels(path, 2 ** 30, 10)
+    with pytest.raises(ImageError, match="max_pixels"): room._Pixels(tmp_path / "p.png", 1000, 10)
+
+
+def test_the_budget_that_a_picture_breaks_is_named(tmp_path, poster, monkeypatch):
+    poster.save(path := tmp_path / "a.png")
+    monkeypatch.setitem(sys.modules, "pyvips", None)
+    room._Pixels(path, 2 ** 30, 8 * 1100 * 700)  # nothing is said of what fits
+    with pytest.warns(UserWarning, match=r"a\.png .*pip install 'hific_nb\[large\]'"): room._Pixels(path, 2 ** 30, 2 ** 20)
 
 
 def test_networks_that_cannot_be_cut(poster):

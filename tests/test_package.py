@@ -98,7 +98,7 @@ def test_metadata(wheel):
     core = set(re.findall(r"^Requires-Dist: ([\w-]+)(?![^\n]*extra ==)", text, re.MULTILINE))
     assert core == {"torch", "numpy", "pillow", "safetensors", "filelock", "numba", "tqdm", "scikit-image", "pytorch-msssim"}
     assert set(re.findall(r"^Provides-Extra: (\w+)$", text, re.MULTILINE)) == {
-        "notebooks", "train", "baselines", "urls", "cluster", "coders", "dev"}
+        "notebooks", "train", "baselines", "urls", "cluster", "large", "coders", "dev"}
     (text,) = [data.decode() for name, data in contents(wheel).items() if name.endswith("entry_points.txt")]
     assert re.search(r"^hific ?= ?hific_nb\.cli:main$", text, re.MULTILINE)
 
