@@ -355,8 +355,9 @@ def test_what_libvips_would_read_otherwise_is_left_to_pillow(tmp_path, poster):
     glass = poster.copy()
     glass.putalpha(99)
     for name, image, options in (("turned.jpg", poster, dict(exif=turned)), ("turned.png", poster, dict(exif=turned)),
-                                 ("alpha.png", glass, {}), ("deep.png", Image.fromarray(deep), {}), ("p.png", poster.quantize(9), {}),
-                                 ("key.png", poster, dict(transparency=(1, 2, 3))), ("cmyk.jpg", poster.convert("CMYK"), {})):
+                                 ("alpha.png", glass, {}), ("deep.png", Image.fromarray(deep), {}),
+                                 ("p.png", poster.quantize(9), {}), ("key.png", poster, dict(transparency=(1, 2, 3))),
+                                 ("cmyk.jpg", poster.convert("CMYK"), {})):
         image.save(path := tmp_path / name, **options)
         assert type(room._Pixels(path, 2 ** 30, 10).image) is Image.Image, name
     poster.save(path := tmp_path / "late.png")
