@@ -3099,9 +3099,31 @@ def _gan_class():
             self._jobs.stop()
             super().close()
 
+        # ---- for readers without scripts
+
+        def still(self) -> Image.Image:
+            "Original, stage 1 and blend, and below them, three times as large, a detail where the last two differ most."
+            (level, share, way), width, strip = self.shown, 290, 22
+            images = [self.files.image, *(self.files.picture(at, way, level) for at in (0.0, share))]
+            small = [_shrink(image, width, 240) for image in images]
+            rate = f"{bpp(len(self.files.data(level)), *images[0].size):.3f} bpp"
+            figures = [self.files.measure(at, way, level, lpips=False) for at in (0.0, share)]
+            texts = [f"{self.picture}: the original", f"stage 1: {rate}, {figures[0]['psnr']:.2f} dB",
+                     f"{_stage(share)}: same file, {figures[1]['psnr']:.2f} dB"]
+            box = worst_window(*images[1:], -(-width // 3), 50)
+            page = Image.new("RGB", (3 * width + 12, strip + small[0].height + 6 + 3 * (box[3] - box[1])), "white")
+            pen, font = ImageDraw.Draw(page), ImageFont.load_default(13)
+            for k, (image, shown, text) in enumerate(zip(images, small, texts)):
+                x, detail = k * (width + 6), image.crop(box)
+                detail = detail.resize((3 * detail.width, 3 * detail.height), Image.Resampling.NEAREST)
+                pen.text((x + 2, 3), text, "black", font)
+                page.paste(shown, (x, strip))
+                page.paste(detail.crop((0, 0, width, detail.height)), (x, strip + shown.height + 6))
+            return page
+
         def _repr_mimebundle_(self, **kwargs):
             self.wait(60)
-            return _with_still(super()._repr_mimebundle_(**kwargs), self.view.still(), repr(self))
+            return _with_still(super()._repr_mimebundle_(**kwargs), None if self.shown is None else self.still(), repr(self))
 
         def __repr__(self) -> str:
             state = f"picture={self.picture!r}, level={self.level}, share={self.share:g}, way={self.way!r}"
