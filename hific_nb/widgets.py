@@ -2914,7 +2914,7 @@ def tradeoff_curve(paths: dict[str, Sequence[tuple[float, float]]], current: tup
     margin = 0.08 * (last - first) or 0.05
     ends = next((path for path in paths.values() if len(path) > 1), [])
     notes = [(*ends[k], _stage(-k)) for k in (0, -1)] if ends else []
-    return _chart(paths, {chosen: current} if current else {}, {way: f"blend of {words}" for way, words in WAYS.items()},
+    return _chart(paths, {chosen: current} if current else {}, WAYS,
                   (first - margin, last + margin, "PSNR, dB: less distortion to the right", "psnr"),
                   "patch distance:\nless is more real", "hific-tradeoff", notes)
 
