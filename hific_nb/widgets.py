@@ -3103,14 +3103,14 @@ def _gan_class():
 
         def still(self) -> Image.Image:
             "Original, stage 1 and blend, and below them, three times as large, a detail where the last two differ most."
-            (level, share, way), width, strip = self.shown, 290, 22
+            (level, share, way), width, strip = self.shown, 240, 22
             images = [self.files.image, *(self.files.picture(at, way, level) for at in (0.0, share))]
-            small = [_shrink(image, width, 240) for image in images]
+            small = [_shrink(image, width, 200) for image in images]
             rate = f"{bpp(len(self.files.data(level)), *images[0].size):.3f} bpp"
             figures = [self.files.measure(at, way, level, lpips=False) for at in (0.0, share)]
             texts = [f"{self.picture}: the original", f"stage 1: {rate}, {figures[0]['psnr']:.2f} dB",
                      f"{_stage(share)}: same file, {figures[1]['psnr']:.2f} dB"]
-            box = worst_window(*images[1:], -(-width // 3), 50)
+            box = worst_window(*images[1:], -(-width // 3), 44)
             page = Image.new("RGB", (3 * width + 12, strip + small[0].height + 6 + 3 * (box[3] - box[1])), "white")
             pen, font = ImageDraw.Draw(page), ImageFont.load_default(13)
             for k, (image, shown, text) in enumerate(zip(images, small, texts)):
