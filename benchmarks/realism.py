@@ -4,11 +4,12 @@
         --weights ../shared/weights --card hific_nb/models/hific-lite-v1
 
 Each photo is encoded once a level and decoded by both generators, by networks between their weights (room 17,
-`GeneratorPair`), and as blends of the two pictures. Of each: PSNR and LPIPS (AlexNet) as means over photos, and the Fréchet and
-kernel distances of all 256 x 256 patches, laid as in HiFiC's paper, in features of VGG16. Of a folder named by --held-back, only
-the photos count that training held back. The kernel distance comes with its standard error, by leaving out a tenth of the photos at
-a time. With --card, the figures are written into card.json of that model folder as well: the explorer what_the_gan_adds draws
-them. Pictures are blended at the levels of --pixels alone: it is the features that take the time.
+`GeneratorPair`), and as blends of the two pictures. Of each: PSNR, LPIPS (AlexNet) and `patch_distance` as means over photos, and
+the Fréchet and kernel distances of all 256 x 256 patches, laid as in HiFiC's paper, in features of VGG16. Of a folder named by
+--held-back, only the photos count that training held back. The kernel distance, and its change from stage 1, come with their
+standard errors, by leaving out a tenth of the photos at a time. With --card, the figures are written into card.json of that model
+folder as well: the explorer what_the_gan_adds draws them. Pictures are blended at the levels of --pixels alone: it is the
+features that take the time.
 """
 
 import argparse
@@ -28,20 +29,23 @@ from hific_nb.data import find_images, holdout_split, image_to_tensor, read_imag
 from hific_nb.evaluation import VGG16Features, patch_features
 from hific_nb.metrics import bpp, frechet_distance, kernel_distance, psnr
 from hific_nb.perceptual import LPIPS
-from hific_nb.widgets import GeneratorPair, PictureBlends
+from hific_nb.training import _keep_pages
+from hific_nb.widgets import GeneratorPair, PictureBlends, patch_distance
 
 
-def jackknife(originals, decoded, photo, groups=10):
-    "The standard error of the kernel distance: groups of photos are left out, one after the other."
+def jackknife(originals, decoded, photo, than=None, groups=10):
+    "The standard error of the kernel distance, or of its difference from that of `than`: groups of photos are left out in turn."
     group = np.unique(photo, return_inverse=True)[1] % groups
-    left = [kernel_distance(originals[group != g], decoded[group != g]) for g in range(groups) if (group != g).any()]
-    return float(np.sqrt((len(left) - 1) / len(left) * np.square(np.array(left) - np.mean(left)).sum()))
+    def distance(features, g): return kernel_distance(originals[group != g], features[group != g])
+    left = np.array([distance(decoded, g) - (0 if than is None else distance(than, g)) for g in range(groups)])
+    return float(np.sqrt((groups - 1) / groups * np.square(left - left.mean()).sum()))
 
 
 class Measure:
     "The networks that look: LPIPS of two pictures, features of a picture's patches."
     def __init__(self, weights, device):
-        self.device, self.lpips, self.features = device, LPIPS("alex", weights).to(device), VGG16Features(weights).to(device)
+        self.device, self.lpips = device, LPIPS("alex", weights).to(device)
+        self.features = VGG16Features(weights).to(device, memory_format=torch.channels_last)
         self.dtype = torch.bfloat16 if hardware_bfloat16(device) else torch.float32
 
     @torch.inference_mode()
@@ -51,7 +55,7 @@ class Measure:
 
     def patches(self, image):
         with torch.autocast(torch.device(self.device).type, self.dtype, enabled=self.dtype != torch.float32):
-            return patch_features(self.features, image)
+            return patch_features(lambda x: self.features(x.contiguous(memory_format=torch.channels_last)), image)
 
 
 def measure_set(name, paths, pair, looking, levels, shares, pixel_levels, progress):
@@ -68,20 +72,23 @@ def measure_set(name, paths, pair, looking, levels, shares, pixel_levels, progre
         for key in wanted:
             label, level, share, way = key
             decoded = blends.picture(share, way or "weights", level)
-            kept[key].append((bpp(len(blends.data(level)), *image.size), psnr(image, decoded), looking.distance(image, decoded)))
+            kept[key].append((bpp(len(blends.data(level)), *image.size), psnr(image, decoded), looking.distance(image, decoded),
+                              patch_distance(image, decoded)))
             features[key].append(looking.patches(decoded))
         progress(name, k + 1, len(paths))
     originals, rows = np.concatenate(originals), []
     for key in wanted:
         label, level, share, way = key
-        rates, quality, lpips = zip(*kept[key])
-        decoded, lpips = np.concatenate(features[key]), [v for v in lpips if v is not None]
-        enough = len(originals) > 1
-        rows.append(dict(level=label, rate_level=level, share=share, way=way, bpp=float(np.mean(rates)),
-                         psnr=float(np.mean(quality)), lpips_alex=float(np.mean(lpips)) if lpips else None,
-                         fid_vgg16=frechet_distance(originals, decoded) if enough else None,
-                         kid_vgg16=kernel_distance(originals, decoded) if enough else None,
-                         kid_error=jackknife(originals, decoded, photo) if len(set(photo)) > 10 else None))
+        rates, quality, lpips, fine = ([v for v in values if v is not None] for values in zip(*kept[key]))
+        decoded, stage1 = (np.concatenate(features[k]) for k in (key, (label, level, 0, "")))
+        found = dict(level=label, rate_level=level, share=share, way=way, bpp=np.mean(rates), psnr=np.mean(quality),
+                     patches=np.mean(fine), lpips_alex=np.mean(lpips) if lpips else None)
+        if len(originals) > 1:
+            found |= dict(fid_vgg16=frechet_distance(originals, decoded), kid_vgg16=kernel_distance(originals, decoded))
+        if len(set(photo)) > 10:
+            found |= dict(kid_error=jackknife(originals, decoded, photo))
+            if share: found |= dict(kid_change_error=jackknife(originals, decoded, photo, stage1))
+        rows.append({name: float(value) if isinstance(value, np.floating) else value for name, value in found.items()})
     return dict(name=name, photos=len(paths), patches=len(originals), rows=rows)
 
 
@@ -98,7 +105,7 @@ def main(arguments=None):
     parser.add_argument("--photos", type=Path, nargs="+", required=True, help="folders, each a set of its own")
     parser.add_argument("--held-back", type=Path, nargs="*", default=[], help="those of them that were trained on")
     parser.add_argument("--levels", nargs="+", default=["low", "med", "high"], help="names, or qualities 0 ... 100")
-    parser.add_argument("--shares", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1], help="of the GAN")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1], help="of the GAN; 0 is always measured")
     parser.add_argument("--pixels", nargs="*", default=["med"], help="levels at which pictures are blended, too")
     parser.add_argument("--limit", type=int, help="photos of each folder, spread over all")
     parser.add_argument("--weights", type=Path, help="folder with AlexNet's and VGG16's; default: as LPIPS finds them")
@@ -106,10 +113,12 @@ def main(arguments=None):
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/realism.json"))
     parser.add_argument("--card", type=Path, help="model folder of the GAN")
     args = parser.parse_args(arguments)
+    _keep_pages()
     pair = GeneratorPair(args.base, args.gan, device=args.device)
     looking = Measure(args.weights, str(pair.codec.device))
     levels = {text: pair.codec.level_of(text if text.isalpha() else float(text)) if pair.codec.levels else None
               for text in args.levels}
+    shares = sorted({0.0, *args.shares})
     start, sets = time.time(), []
 
     def progress(name, done, total):
@@ -120,7 +129,7 @@ def main(arguments=None):
         if folder in args.held_back: paths = holdout_split(paths)[1]
         if args.limit: paths = paths[:: max(1, len(paths) // args.limit)][: args.limit]
         name = f"{folder.name}, held back" if folder in args.held_back else folder.name
-        sets.append(measure_set(name, paths, pair, looking, levels, args.shares, args.pixels, progress))
+        sets.append(measure_set(name, paths, pair, looking, levels, shares, args.pixels, progress))
     result = dict(base=pair.names[0], gan=pair.names[1], fingerprints=[f.hex() for f in pair.fingerprints],
                   features="VGG16, its last convolution, mean over a patch of 256 x 256",
                   dtype=str(looking.dtype).removeprefix("torch."), date=datetime.date.today().isoformat(),

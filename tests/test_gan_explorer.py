@@ -38,7 +38,7 @@ def gan(tmp_path_factory):
         for k, weight in enumerate(model.Generator.parameters()):
             weight += 0.25 * weight.abs().mean() * torch.cos(torch.arange(weight.numel()) + k).view(weight.shape)
     folder = save_pretrained(model, tmp_path_factory.mktemp("models") / "other-generator")
-    row = dict(level="low", rate_level=1, way="", bpp=0.2, psnr=20.0, lpips_alex=0.3, fid_vgg16=9.0, kid_vgg16=0.2, kid_error=None)
+    row = dict(level="low", rate_level=1, way="", bpp=0.2, psnr=20.0, lpips_alex=0.3, fid_vgg16=9.0, kid_vgg16=0.2, patches=3.0)
     rows = [row | dict(share=s, way="" if s in (0, 1) else "weights", psnr=20 - s, fid_vgg16=9 - s) for s in (0, 0.5, 1)]
     card = json.loads((folder / "card.json").read_text())
     card["realism"] = dict(base="levels", gan=folder.name, sets=[dict(name="made up", photos=3, patches=7, rows=rows)])
@@ -255,18 +255,23 @@ def test_benchmark_measures_what_it_says(realism, gan, tmp_path, monkeypatch):
         sets = [np.concatenate([Looking.patches(im) for im in group]) for group in (images, decoded)]
         assert row["fid_vgg16"] == pytest.approx(frechet_distance(*sets), rel=1e-4)
         assert row["kid_vgg16"] == pytest.approx(kernel_distance(*sets), rel=1e-4)
+        assert row["patches"] == pytest.approx(np.mean([patch_distance(a, b) for a, b in zip(images, decoded)]), rel=1e-5)
     with pytest.raises(SystemExit):  # figures of one model do not go into the card of another
         realism.main(["--base", str(MODEL), "--gan", str(MODEL), "--photos", str(other), "--levels", "low", "--shares", "0", *out])
 
 
 def test_error_of_the_kernel_distance(realism):
     "By leaving out photos: near the deviation over many draws."
-    rng, found, errors = np.random.default_rng(0), [], []
+    rng, found, errors, changes, change_errors = np.random.default_rng(0), [], [], [], []
     for _ in range(60):
         a, b = rng.normal(size=(60, 3)), rng.normal(0.3, 1, size=(60, 3))
+        near = b - 0.05  # what a blend is beside stage 1
         found.append(kernel_distance(a, b))
         errors.append(realism.jackknife(a, b, np.arange(60) // 2))
+        changes.append(kernel_distance(a, near) - found[-1])
+        change_errors.append(realism.jackknife(a, near, np.arange(60) // 2, b))
     assert np.mean(errors) == pytest.approx(np.std(found), rel=0.35)
+    assert np.mean(change_errors) == pytest.approx(np.std(changes), rel=0.35) and np.mean(change_errors) < np.mean(errors) / 2
 
 
 # ------------------------------------------------------------------------------------------------ the shipped pair
@@ -284,7 +289,7 @@ def test_shipped_pair_has_its_figures():
     for found in result["sets"]:
         for level in ("low", "med", "high"):
             path = [next(r for r in found["rows"] if r["level"] == level and r["share"] == share) for share in (0, 1)]
-            assert path[0]["bpp"] == path[1]["bpp"] and path[1]["kid_vgg16"] < path[0]["kid_vgg16"]  # what the GAN adds
+            assert path[0]["bpp"] == path[1]["bpp"] and path[1]["patches"] < path[0]["patches"]  # what the GAN adds
     text = NOTEBOOK.read_text()
     assert f"{result['base']} to {result['gan']}" in text  # the saved page shows them
 
