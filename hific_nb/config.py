@@ -436,6 +436,7 @@ class TrainConfig(_Record):
     spectral_norm: of its convolutions (Miyato et al. 2018, as in HiFiC); without it, it learns faster, and may win.
     discriminator_rate: its learning rate as a multiple of the model's (Heusel et al. 2017 give it the higher one).
     lr_schedule: "step" is the paper's (x `lr_drop` from share `lr_drop_at` on), "cosine" falls to `lr_drop` times the rate.
+    adam_beta1: decay of Adam's mean of the gradients. Two players with much momentum circle each other: 0.5 is usual for a GAN.
     warmup_steps: linear rise of the learning rate at the start. grad_clip: bound of the gradient norm, 0 for none.
     ema_decay: decay of the averaged weights that are kept as the model, 0 for none.
     compile: run the networks through torch.compile, which needs a C++ compiler and some minutes, and then is faster.
@@ -456,6 +457,7 @@ class TrainConfig(_Record):
     lr_schedule: str = "step"
     lr_drop_at: float = 0.5
     lr_drop: float = 0.1
+    adam_beta1: float = 0.9
     warmup_steps: int = 0
     grad_clip: float = 0.0
     ema_decay: float = 0.0
@@ -480,6 +482,7 @@ class TrainConfig(_Record):
         for name, known in choices.items():
             if getattr(self, name) not in known: raise _unknown(name, getattr(self, name), known)
         _require(0 <= self.lr_drop_at <= 1 and 0 < self.lr_drop <= 1, "lr_drop_at and lr_drop are shares of 1.")
+        _require(0 <= self.adam_beta1 < 1, "adam_beta1 must lie in 0 ... 1, 1 excluded.")
         _require(0 <= self.ema_decay < 1, "ema_decay must lie in 0 ... 1, 1 excluded.")
         _require(self.warmup_steps >= 0 and self.grad_clip >= 0 and self.checkpoint_minutes >= 0 and self.seed >= 0,
                  "warmup_steps, grad_clip, checkpoint_minutes and seed must not be negative.")

@@ -237,7 +237,8 @@ class Trainer:
         self.step = self.skipped = self._in_a_row = 0
 
     def _adam(self, weights) -> torch.optim.Optimizer:
-        return torch.optim.Adam(weights, lr=self.config.learning_rate, fused=self.device.type in ("cpu", "cuda"))
+        return torch.optim.Adam(weights, lr=self.config.learning_rate, betas=(self.config.adam_beta1, 0.999),
+                                fused=self.device.type in ("cpu", "cuda"))
 
     @property
     def kept(self) -> Model: return self.averaged.module if self.averaged else self.model
@@ -541,6 +542,8 @@ def prepare_run(run: str | os.PathLike, dataset: str | os.PathLike, model_config
     for part, new in settings.items():
         b = json.loads(json.dumps(new))  # as the file has it, lists for tuples
         a = about.get(part, b)
+        kind = dict(model=ModelConfig, objective=Objective, train=TrainConfig).get(part)
+        if kind and isinstance(a, dict): a = json.loads(json.dumps(kind().to_dict())) | a  # of an earlier version
         if a == b: continue
         changed = part if not (isinstance(a, dict) and isinstance(b, dict)) else ", ".join(k for k in b if a.get(k) != b[k])
         raise TrainingError(f"{run} holds a run with other settings ({changed}): name another run folder, or delete this "
@@ -776,7 +779,7 @@ def _launched_alone(environment: dict) -> bool:
 
 
 def _as_meant(launched: list[str]) -> list[str]:
-    "The command line of an `accelerate launch` that starts all of its processes on CPUs, too; without their number, `TrainingError`."
+    "The command line of an `accelerate launch` that starts all of its processes on CPUs, too; without a number, `TrainingError`."
     numbers = [i for i, word in enumerate(launched) if word.replace("-", "_").split("=")[0] == "__num_processes"]
     if not numbers or "--multi_gpu" in launched:
         raise TrainingError("accelerate launch started one process though several were asked for: give it --multi_gpu in place "

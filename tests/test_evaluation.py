@@ -434,7 +434,7 @@ def test_the_benchmark_adds_to_a_models_card(tmp_path, monkeypatch):
     photos.mkdir()
     for name in ("chelsea", "coffee"): sample_photo(name).crop((0, 0, 170, 180)).save(photos / f"{name}.png")
     others = dict(dataset="others", bpp=9.0)
-    folder = save_pretrained(tiny_model(levels=True), tmp_path / "tiny", description="tiny", figures=others, objective=dict(k_P=2.0))
+    folder = save_pretrained(tiny_model(levels=True), tmp_path / "tiny", description="t", figures=others, objective=dict(k_P=2.0))
 
     def measure(*arguments):
         monkeypatch.setattr(sys, "argv", ["kodak.py", "--model", str(folder), "--photos", str(photos), "--card", str(folder),
@@ -451,7 +451,7 @@ def test_the_benchmark_adds_to_a_models_card(tmp_path, monkeypatch):
     assert list(points) == [0, 50, 100] and points[50] == {**first.points[1], "ms_ssim": points[50]["ms_ssim"]}
     assert points[0] == first.points[0] and "psnr" not in points[100]
     assert both.figures["bpp"] == points[50]["bpp"]
-    assert (both.description, both.objective) == ("tiny", dict(k_P=2.0))
+    assert (both.description, both.objective) == ("t", dict(k_P=2.0))
     table, text = figures_table(both), (folder / "README.md").read_text()
     assert table in text and "| 50 (med) |" in table and text.count("| quality |") == 1 and "## Training" in text
     kodak.update_card(folder, "00" * 8, dict(dataset="photos", photos=2), [dict(bpp=0.5)])

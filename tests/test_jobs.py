@@ -216,9 +216,9 @@ WRONG = dict(model_type=["compresion", 1], n_steps=[1.5, 0, -1, "many"], batch_s
              perceptual=["lpip", 0], lpips_weights=["no/such/folder", 3], beta=[-1, "x"], gan_loss=["wasserstain", 0],
              lambda_lowest_rate=[-1, "x"], lambda_highest_rate=[-1, "x"], level_balance=[-1, "x"], rate_warmup=[-1, "x", [1]],
              warmup_target=[0, "x"], warmup_lambda=[0, "x"], schedule_in=["step"], learning_rate=[0, -1e-4, 5.0, "x"],
-             lr_schedule=["cosin"], lr_drop_at=[-0.1, "x"], lr_drop=[0, 2, "x"], warmup_steps=[-1, 0.5], grad_clip=[-1, "x"],
-             ema_decay=[1.0, -1, "x"], accumulate=[0, 1.5], train_encoder=["false", 2], discriminator_channels=["64,x", "0,1,1,1"],
-             discriminator_rate=[0, "x"], spectral_norm=["false", 2],
+             lr_schedule=["cosin"], lr_drop_at=[-0.1, "x"], lr_drop=[0, 2, "x"], adam_beta1=[-0.1, 1, "x"], warmup_steps=[-1, 0.5],
+             grad_clip=[-1, "x"], ema_decay=[1.0, -1, "x"], accumulate=[0, 1.5], train_encoder=["false", 2],
+             discriminator_channels=["64,x", "0,1,1,1"], discriminator_rate=[0, "x"], spectral_norm=["false", 2],
              crop_size=[100, 32, 64.5, "x"], min_scale=[0, 1.5, "x"], drop_flat=["false", "yes", 2],
              memory_gb=[-1, "x"], device=["gpu", 1], processes=[0, 1.5, "x"], dtype=["float23"], compile=["yes", 2],
              checkpoint_minutes=[-1, "x"], keep_checkpoints=[0, 1.5], log_every=[0, 0.5], sample_every=[0, "x"])

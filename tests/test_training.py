@@ -145,6 +145,17 @@ def test_other_settings_are_refused(photos, uninterrupted):
             train(uninterrupted, photos, **arguments)
 
 
+def test_a_run_of_an_earlier_version_lacks_fields_that_came_since(photos, tmp_path):
+    train(tmp_path / "run", photos, TINY, OBJECTIVE, SHORT.replace(n_steps=2))
+    path = tmp_path / "run" / "run.json"
+    about = json.loads(path.read_text())
+    del about["train"]["adam_beta1"], about["objective"]["level_balance"], about["model"]["rate_anchors"]
+    path.write_text(json.dumps(about))
+    train(tmp_path / "run", photos, TINY, OBJECTIVE, SHORT.replace(n_steps=2))
+    with pytest.raises(TrainingError, match="other settings .adam_beta1"):
+        train(tmp_path / "run", photos, TINY, OBJECTIVE, SHORT.replace(n_steps=2, adam_beta1=0.5))
+
+
 def test_a_second_run_in_the_folder_is_kept_out(photos, tmp_path):
     run = tmp_path / "run"
     first = start(run, photos, SHORT.replace(n_steps=4000))
@@ -188,7 +199,7 @@ def test_the_discriminator_has_a_learning_rate_of_its_own():
     torch.manual_seed(0)
     start, moved = Trainer(Model(TINY), OBJECTIVE, SHORT.replace(**CRITIC)), []
     for rate in (1.0, 4.0):
-        trainer = Trainer(Model(TINY), OBJECTIVE, SHORT.replace(warmup_steps=0, discriminator_rate=rate, **CRITIC))
+        trainer = Trainer(Model(TINY), OBJECTIVE, SHORT.replace(warmup_steps=0, adam_beta1=0.5, discriminator_rate=rate, **CRITIC))
         trainer.load_state_dict(start.state_dict())
         trainer(torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)))
         moved.append([(weights_of(getattr(trainer, part)) - weights_of(getattr(start, part))).abs().max().item()
