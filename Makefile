@@ -17,7 +17,7 @@ test notebooks: export OMP_NUM_THREADS ?= 1
 help:
 	@echo "make demo       compress a photo and bring it back; says where the results lie"
 	@echo "make explore    the explorer of bitrate against quality, as a page; PHOTO=photo.jpg to begin with yours,"
-	@echo "                PAGE=inside_the_codec for the other one"
+	@echo "                PAGE=inside_the_codec or what_the_gan_adds for the others"
 	@echo "make test       every check and every test"
 	@echo "make notebooks  run every room and the index, save their outputs"
 	@echo "make export     write the modules of hific_nb/ from the notebooks"

@@ -380,8 +380,8 @@ def explore_page(name: str = "bitrate_vs_quality") -> Path:
     here = Path(str(importlib.resources.files("hific_nb"))).resolve()
     for folder in (here/"notebooks"/"explore", here.parent/"nbs"/"explore"):
         if (folder/f"{name}.ipynb").is_file(): return folder/f"{name}.ipynb"
-    raise HificError(f"There is no explorer {name!r}: take bitrate_vs_quality or inside_the_codec, and install the package again "
-                     "if it does not carry them.")
+    raise HificError(f"There is no explorer {name!r}: take bitrate_vs_quality, inside_the_codec or what_the_gan_adds, and install "
+                     "the package again if it does not carry them.")
 
 
 def _free_port() -> int:
@@ -536,7 +536,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("explore", explore_command, "Bitrate against quality, or the inside of the codec, as a page in the browser.")
     sub.add_argument("input", type=Path, nargs="?", help="a photo; default: one that scikit-image carries, others can be uploaded")
     sub.add_argument("--model", default="hific-lite", help=shipped)
-    sub.add_argument("--page", default="bitrate_vs_quality", help="bitrate_vs_quality (the default) or inside_the_codec")
+    sub.add_argument("--page", default="bitrate_vs_quality",
+                     help="bitrate_vs_quality (the default), inside_the_codec or what_the_gan_adds")
     sub.add_argument("--port", type=_positive, help="of the page's address (default: one that is free)")
     sub.add_argument("--no-browser", dest="browser", action="store_false", help="only print the address")
     sub.add_argument("--max-pixels", type=_positive, default=2**27, help="refuse larger pictures (default 2**27)")
