@@ -329,13 +329,16 @@ def _vips(image, max_pixels: int, budget: float) -> _Vips | None:
             plain = header.mode in ("L", "RGB") and _rawmode(header) == header.mode and "transparency" not in header.info
             if not plain or 8 * header.width * header.height <= budget or not _is_upright(header): return None
     except Exception: return None  # left to `read_image`, which says what is wrong
-    try: import pyvips  # noqa: F401
+    try: import pyvips
     except (ImportError, OSError):
         warnings.warn(f"{image} is decoded as a whole, which takes more than the {budget / 2 ** 20:.0f} MiB that were given: "
                       "pip install 'hific_nb[large]' has it read in strips.", stacklevel=2)
         return None
     try: return _Vips(image, header)
-    except Exception: return None
+    except ValueError: return None  # it sees other pixels than Pillow's header promises
+    except pyvips.Error as error:  # a damaged file, or no room for the temporary one
+        warnings.warn(f"{image} is decoded as a whole, for libvips cannot: {' '.join(str(error).split())}.", stacklevel=2)
+        return None
 
 
 class _Pixels:
