@@ -278,7 +278,8 @@ class Trainer:
         level = torch.randint(levels, (len(x),)).to(self.device) if levels else None
         out = self.forward(x, level)
         if self.discriminator is not None:
-            adversarial = adversarial_loss(self.discriminator, out["recon"], out["y_hat"], self.objective.gan_loss)
+            share = 1 - self.objective.beta_fade * level / (levels - 1) if levels and self.objective.beta_fade else None
+            adversarial = adversarial_loss(self.discriminator, out["recon"], out["y_hat"], self.objective.gan_loss, share)
         switch = out["bpp_quantized"].mean()
         self.team.mean([switch])
         loss, record = rate_distortion_loss(out, x, self.objective, self.step / self.config.n_steps, levels=levels,
