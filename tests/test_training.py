@@ -207,6 +207,28 @@ def test_the_discriminator_has_a_learning_rate_of_its_own():
     assert moved[0][0] == moved[1][0] > 0 and moved[1][1] > 3 * moved[0][1] > 0
 
 
+@pytest.mark.parametrize("level", [0, 5, 10])
+def test_the_adversarial_loss_fades_with_the_rate(monkeypatch, level):
+    """All of beta at the first level, none at the last, half of it half-way: the gradients of the generator tell."""
+    torch.manual_seed(0)
+    model = Model(TINY.replace(rate_levels=11, rate_anchors=2))
+    batch = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    monkeypatch.setattr(torch, "randint", lambda high, size: torch.full(size, level))
+
+    def gradient(**settings):
+        trainer = Trainer(model, OBJECTIVE.replace(k_M=1e-5, **settings), SHORT.replace(**CRITIC))
+        trainer.discriminator.load_state_dict(critic)
+        trainer.gradients(batch)
+        found = torch.cat([p.grad.flatten() for p in model.Generator.parameters()])
+        model.zero_grad()
+        return found
+
+    critic = Trainer(model, OBJECTIVE, SHORT.replace(**CRITIC)).discriminator.state_dict()
+    faded, same = gradient(beta=2.0, beta_fade=1.0), gradient(beta=2.0 * (1 - level / 10))
+    assert (faded - same).norm() < 1e-3 * same.norm()
+    assert level == 0 or (faded - gradient(beta=2.0)).norm() > 0.05 * same.norm()
+
+
 def test_steps_that_are_no_numbers_are_skipped_then_stop_the_run(photos, tmp_path, monkeypatch):
     objective = OBJECTIVE.replace(k_M=1e38)  # infinite gradients from some errors on
     with pytest.raises(TrainingError, match="10 steps one after the other.*learning rate"):
