@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ADDRESS', 'FILES', 'PerceptualError', 'Fire', 'find_weights', 'get_weights', 'FeatureStack', 'linear_weights',
-           'LPIPS', 'MSSSIMDistance', 'build_perceptual']
+           'LPIPS', 'TextureDistance', 'MSSSIMDistance', 'build_perceptual']
 
 # %% ../nbs/09_perceptual.ipynb #a164dc50
 import hashlib
@@ -232,6 +232,40 @@ class LPIPS(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         "Images (B, 3, H, W) in 0 ... 1, twice -> distances (B,), differentiable in both."
         return self.layers(x, y).sum(1)
+
+# %% ../nbs/09_perceptual.ipynb #528b6de5
+class TextureDistance(nn.Module):
+    """How much the statistics of features differ, window by window: Wasserstein distortion with square windows; frozen.
+
+    For training, beside a distance in place: means and standard deviations of every feature over windows that overlap by half
+    (Qiu et al. 2024, section II), of the channel's energy in the originals of the batch, so that a distance also depends on what
+    else the batch holds. net, folder, trained: as in `FeatureStack`. window: its width in pixels; smaller ones ask for more places.
+    """
+    def __init__(self, net: str = "squeeze", folder: str | os.PathLike | None = None, trained: bool = True, window: int = 64):
+        super().__init__()
+        self.stack, self.window = FeatureStack(net, folder, trained), window
+
+    def _moments(self, features: Tensor, side: int) -> tuple[Tensor, Tensor]:
+        features = features.float()
+        width = min(max(2, round(self.window * features.shape[-1] / side)), *features.shape[2:])
+        mean, square = (F.avg_pool2d(f, width, max(1, width // 2)) for f in (features, features * features))
+        return mean, (square - mean * mean).clamp_min(0)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        "Images (B, 3, H, W) in 0 ... 1 and their originals y -> distances (B,), differentiable in x alone."
+        if x.shape != y.shape:
+            raise PerceptualError(f"The pictures differ in size: {tuple(x.shape)} and {tuple(y.shape)}.")
+        with torch.no_grad(): originals = self.stack(y)
+        parts = []
+        for a, b in zip(self.stack(x), originals):
+            with torch.autocast(x.device.type, enabled=False):  # variances as differences of squares need float32
+                (mean, variance), (mean_y, variance_y) = (self._moments(f, x.shape[-1]) for f in (a, b))
+                energy = (mean_y.square() + variance_y).mean((0, 2, 3), keepdim=True)
+                energy = energy + 0.1 * energy.mean()  # channels that hardly ever speak have no loud voice
+                floor = 1e-3 * energy  # a root has no gradient at 0
+                d = (mean - mean_y).square() + ((variance + floor).sqrt() - (variance_y + floor).sqrt()).square()
+                parts.append((d / energy).mean((1, 2, 3)))
+        return torch.stack(parts, 1).mean(1)
 
 # %% ../nbs/09_perceptual.ipynb #00162619
 _MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
