@@ -34,7 +34,7 @@ from .config import HificError, ModelConfig, Objective, TrainConfig, write_atomi
 from .data import ImageError, image_to_tensor, open_dataset, read_image, split_alpha, tensor_to_image
 from .gan import Discriminator, adversarial_loss, discriminator_loss, gan_losses
 from .model import Coding, Model, load_model, rate_distortion_loss, save_model
-from .perceptual import build_perceptual
+from .perceptual import TextureDistance, build_perceptual
 from .transforms import DOWNSAMPLING
 from .zoo import import_published, model_folder, model_info, save_pretrained, write_card
 
@@ -203,12 +203,13 @@ class Trainer:
     """Model, discriminator, optimizers and averaged weights of a run, and the step that moves them all.
 
     `step` counts the steps done, `skipped` those of them that changed nothing because a gradient was not finite.
-    perceptual: of `build_perceptual`. `kept` is the model to keep: the averaged weights where there are such.
+    perceptual: of `build_perceptual`. texture: a `TextureDistance`. `kept` is the model to keep: the averaged weights where there
+    are such.
     """
     PATIENCE = 10  # steps without a finite gradient, one after the other
 
     def __init__(self, model: Model, objective: Objective, config: TrainConfig, team: Team | None = None,
-                 perceptual: torch.nn.Module | None = None):
+                 perceptual: torch.nn.Module | None = None, texture: torch.nn.Module | None = None):
         self.team = team or Team("cpu")
         self.objective, self.config, self.device = objective, config, self.team.device
         self.dtype = training_dtype(config, self.device)
@@ -232,7 +233,8 @@ class Trainer:
             self.discriminator.to(self.device, memory_format=torch.channels_last).train()
             self.critics = list(self.discriminator.parameters())
             self.critic_optimizer = self._adam(self.critics)
-        self.perceptual = None if perceptual is None else perceptual.to(self.device, memory_format=torch.channels_last)
+        self.perceptual, self.texture = (None if m is None else m.to(self.device, memory_format=torch.channels_last)
+                                         for m in (perceptual, texture))
         self.forward = torch.compile(model) if config.compile else model
         self.step = self.skipped = self._in_a_row = 0
 
@@ -283,7 +285,8 @@ class Trainer:
         switch = out["bpp_quantized"].mean()
         self.team.mean([switch])
         loss, record = rate_distortion_loss(out, x, self.objective, self.step / self.config.n_steps, levels=levels,
-                                            perceptual=self.perceptual, adversarial=adversarial, batch_bpp=switch.item())
+                                            perceptual=self.perceptual, texture=self.texture, adversarial=adversarial,
+                                            batch_bpp=switch.item())
         return loss, record, out
 
     def __call__(self, batch: Tensor, whole: Callable = None) -> dict[str, float]:
@@ -346,6 +349,12 @@ class Trainer:
 def _nothing(): yield
 
 # %% ../nbs/14_training.ipynb #7d7a16f3
+def _distances(objective: Objective, folder: str | os.PathLike | None) -> dict:
+    "The networks whose distances an objective asks for, as `Trainer` takes them, with weights from `folder`."
+    return dict(perceptual=build_perceptual(objective.perceptual if objective.k_P else "none", folder),
+                texture=TextureDistance(folder=folder) if objective.k_T else None)
+
+
 _SLACK = 1.5  # beside what is kept for the backward pass: gradients on their way, workspaces, the next batch
 
 
@@ -356,7 +365,8 @@ def step_memory(trainer: Trainer, side: int = 128) -> dict[str, int]:
     """
     models = [trainer.model] + ([trainer.discriminator] if trainer.discriminator is not None else [])
     trained = {id(p) for m in models for p in m.parameters() if p.requires_grad}
-    tensors = [t for m in (*models, trainer.averaged, trainer.perceptual) if m is not None for t in (*m.parameters(), *m.buffers())]
+    others = [m for m in (trainer.averaged, trainer.perceptual, trainer.texture) if m is not None]
+    tensors = [t for m in models + others for t in (*m.parameters(), *m.buffers())]
     fixed = sum(t.numel() * t.element_size() * (4 if id(t) in trained else 1) for t in tensors)
     known, saved = {t.untyped_storage().data_ptr() for t in tensors}, {}
 
@@ -417,8 +427,8 @@ def auto_batch_size(run: str | os.PathLike, model_config: ModelConfig, objective
                     memory_gb: float = 2.0, lpips_weights: str | os.PathLike | None = None, device: str | None = None) -> int:
     "The batch size to begin `run` with on what memory is free, see `fitting_batch_size`; of a run that is there, its own."
     if (Path(run)/"run.json").exists(): return _read_run(Path(run))["train"]["batch_size"]
-    perceptual = build_perceptual(objective.perceptual if objective.k_P else "none", lpips_weights)
-    trainer = Trainer(Model(model_config), objective, train_config.replace(batch_size=1, accumulate=1), Team(device), perceptual)
+    trainer = Trainer(Model(model_config), objective, train_config.replace(batch_size=1, accumulate=1), Team(device),
+                      **_distances(objective, lpips_weights))
     return fitting_batch_size(trainer, memory_gb, memory_limit(trainer.device))
 
 
@@ -634,7 +644,7 @@ def train(run: str | os.PathLike, dataset: str | os.PathLike, model_config: Mode
     warm_start: a run's folder, a model folder, a shipped model's name or a published checkpoint (.pt), whose weights to begin
     with, as far as they fit, those of a discriminator included.
     device: "cpu" or "cuda"; None: a GPU where there is one. memory_gb: 10**9 bytes of decoded photos to keep.
-    lpips_weights: folder of the networks behind LPIPS, see room 09.
+    lpips_weights: folder of the networks behind LPIPS and the texture distance, see room 09.
     processes: more than one are started by `accelerate launch`, and share each batch.
     on_record: called with every metrics record (a dict with step, the parts of the loss, grad_norm, learning_rate, skipped,
     steps_per_second, seconds, waiting (share of the time without a batch), and now and then held_back).
@@ -657,8 +667,7 @@ def continue_run(run: str | os.PathLike, on_record: Callable[[dict], None] | Non
         if about.get("finished") == c.n_steps and (run/"model").exists(): return run/"model"
         torch.manual_seed(c.seed)
         model = Model(ModelConfig.from_dict(about["model"]))
-        perceptual = build_perceptual(objective.perceptual if objective.k_P else "none", about["lpips_weights"])
-        trainer, seconds = Trainer(model, objective, c, team, perceptual), 0.0
+        trainer, seconds = Trainer(model, objective, c, team, **_distances(objective, about["lpips_weights"])), 0.0
         need = check_memory(trainer, about["memory_gb"], memory_limit(team.device))
         if (state := _newest_checkpoint(run, team.device)) is not None:
             try: trainer.load_state_dict(state)

@@ -9,16 +9,20 @@ import threading
 import pytest
 import torch
 from pytorch_msssim import ms_ssim
+from skimage import data
+from torch.nn import functional as F
 
 from hific_nb import perceptual
 from hific_nb.config import ConfigError, HificError
 from hific_nb.data import image_to_tensor, read_image, sample_photo
+from hific_nb.metrics import psnr
 from hific_nb.perceptual import (
     FILES,
     LPIPS,
     FeatureStack,
     MSSSIMDistance,
     PerceptualError,
+    TextureDistance,
     build_perceptual,
     find_weights,
     get_weights,
@@ -271,3 +275,17 @@ def test_decoding_never_asks_for_it():
     program = ("import sys; import hific_nb.codec, hific_nb.zoo, hific_nb.cli; "
                "sys.exit(any(name in sys.modules for name in ('hific_nb.perceptual', 'torchmetrics')))")
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_the_texture_distance_forgives_a_move_and_minds_a_blur(weights):
+    """On real weights, and on any device and dtype the same to rounding; windows of their own for every picture."""
+    ground = torch.from_numpy(data.grass()[:256, :256].copy()).float().div(255).expand(1, 3, -1, -1)
+    grass, beside = ground[..., :192, :192], ground[..., 64:, 64:]
+    blurred = F.avg_pool2d(F.pad(grass, (2,) * 4, mode="reflect"), 5, 1)
+    distance = TextureDistance(folder=weights)
+    assert distance(grass, grass) == 0
+    assert psnr(grass, beside) < psnr(grass, blurred) - 6 and distance(beside, grass) < distance(blurred, grass)
+    assert TextureDistance(folder=weights, window=16)(beside, grass) > distance(beside, grass)
+    with torch.autocast("cpu", torch.bfloat16): rough = distance(blurred, grass)
+    assert rough.dtype == torch.float32 and torch.allclose(rough, distance(blurred, grass), rtol=0.05)
+    with pytest.raises(PerceptualError, match="differ in size"): distance(grass, ground)

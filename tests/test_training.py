@@ -229,6 +229,17 @@ def test_the_adversarial_loss_fades_with_the_rate(monkeypatch, level):
     assert level == 0 or (faded - gradient(beta=2.0)).norm() > 0.05 * same.norm()
 
 
+def test_the_texture_distance_takes_part_in_training(photos, shared, tmp_path):
+    weights = shared / "weights"
+    for k_T in (0.0, 5.0):
+        train(tmp_path / f"{k_T}", photos, TINY, OBJECTIVE.replace(k_T=k_T), SHORT.replace(n_steps=2), lpips_weights=weights)
+    without, with_it = (records(tmp_path / f"{k_T}") for k_T in (0.0, 5.0))
+    assert all("texture" not in r for r in without) and all(r["texture"] > 0 for r in with_it)
+    first, other = with_it[0], without[0]
+    assert first["loss"] == pytest.approx(other["loss"] + 5 * first["texture"], rel=1e-2)
+    assert first["grad_norm"] != other["grad_norm"]
+
+
 def test_steps_that_are_no_numbers_are_skipped_then_stop_the_run(photos, tmp_path, monkeypatch):
     objective = OBJECTIVE.replace(k_M=1e38)  # infinite gradients from some errors on
     with pytest.raises(TrainingError, match="10 steps one after the other.*learning rate"):
