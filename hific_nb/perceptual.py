@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ADDRESS', 'FILES', 'PerceptualError', 'Fire', 'find_weights', 'get_weights', 'FeatureStack', 'linear_weights',
-           'LPIPS', 'TextureDistance', 'MSSSIMDistance', 'build_perceptual']
+           'LPIPS', 'TextureDistance', 'FeatureBias', 'MSSSIMDistance', 'build_perceptual']
 
 # %% ../nbs/09_perceptual.ipynb #a164dc50
 import hashlib
@@ -253,19 +253,81 @@ class TextureDistance(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         "Images (B, 3, H, W) in 0 ... 1 and their originals y -> distances (B,), differentiable in x alone."
+        return self.of_maps(*self.maps(x, y), x.shape[-1])
+
+    def maps(self, x: Tensor, y: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        "The feature maps of pictures and of their originals, these without a gradient."
         if x.shape != y.shape:
             raise PerceptualError(f"The pictures differ in size: {tuple(x.shape)} and {tuple(y.shape)}.")
         with torch.no_grad(): originals = self.stack(y)
+        return self.stack(x), originals
+
+    def of_maps(self, maps: list[Tensor], originals: list[Tensor], side: int) -> Tensor:
+        "The same from `maps` of pictures that are `side` pixels wide."
         parts = []
-        for a, b in zip(self.stack(x), originals):
-            with torch.autocast(x.device.type, enabled=False):  # variances as differences of squares need float32
-                (mean, variance), (mean_y, variance_y) = (self._moments(f, x.shape[-1]) for f in (a, b))
+        for a, b in zip(maps, originals):
+            with torch.autocast(a.device.type, enabled=False):  # variances as differences of squares need float32
+                (mean, variance), (mean_y, variance_y) = (self._moments(f, side) for f in (a, b))
                 energy = (mean_y.square() + variance_y).mean((0, 2, 3), keepdim=True)
                 energy = energy + 0.1 * energy.mean()  # channels that hardly ever speak have no loud voice
                 floor = 1e-3 * energy  # a root has no gradient at 0
                 d = (mean - mean_y).square() + ((variance + floor).sqrt() - (variance_y + floor).sqrt()).square()
                 parts.append((d / energy).mean((1, 2, 3)))
         return torch.stack(parts, 1).mean(1)
+
+# %% ../nbs/09_perceptual.ipynb #c2aa5088
+class FeatureBias(nn.Module):
+    """How much of a mean difference of features, over many pictures, each picture shows: a linear critic for training.
+
+    For each layer: means and standard deviations over the picture, as pictures and originals differ in them, in standard deviations
+    of the originals; times the running mean of that, `bias`, and the mean of these products (Mroueh et al. 2017, section 3).
+    channels: of the layers, such as `FeatureStack.channels`. bins: running means kept apart, along the rates. decay: of the running
+    means, a picture. Nothing is asked for (0) in a bin before it has seen `least` pictures.
+    """
+    def __init__(self, channels: tuple[int, ...], bins: int = 4, decay: float = 0.99, least: int = 60):
+        super().__init__()
+        self.bins, self.decay, self.least = bins, decay, least
+        self.register_buffer("seen", torch.zeros(bins))
+        for i, c in enumerate(channels):
+            self.register_buffer(f"bias{i}", torch.zeros(bins, 2 * c))
+            for name in ("mean", "square"): self.register_buffer(f"{name}{i}", torch.zeros(2 * c))
+
+    def forward(self, maps: list[Tensor], originals: list[Tensor], rate: Tensor | None = None) -> Tensor:
+        """Feature maps (B, C_l, H_l, W_l) of pictures and of their originals -> (B,), differentiable in `maps`.
+
+        rate: (B,) places between the lowest rate, 0, and the highest, 1. In training mode the running means follow, first.
+        """
+        device = maps[0].device
+        bin = torch.zeros(len(maps[0]), dtype=torch.long, device=device) if rate is None else (rate * self.bins).long()
+        bin = bin.clamp(0, self.bins - 1)
+        rows, known = F.one_hot(bin, self.bins).float(), self.seen.sum()  # (B, bins)
+        if self.training: self.seen += rows.sum(0)
+        parts = []
+        with torch.autocast(device.type, enabled=False):
+            for i, (a, b) in enumerate(zip(maps, originals)):
+                bias, mean, square = (getattr(self, f"{name}{i}") for name in ("bias", "mean", "square"))
+                floor = 1e-4 * b.float().square().mean()  # a root has no gradient at 0
+                of_a, of_b = (_pooled(f.float(), floor) for f in (a, b))
+                if self.training:
+                    keep = torch.minimum(known / (known + len(a)), known.new_tensor(self.decay ** len(a)))
+                    mean.lerp_(of_b.mean(0), 1 - keep)
+                    square.lerp_(of_b.square().mean(0), 1 - keep)
+                variance = (square - mean.square()).clamp_min(0)
+                difference = (of_a - of_b) / (variance + 0.05 * variance.mean() + 1e-12).sqrt()
+                if self.training:
+                    count = rows.sum(0)
+                    keep = torch.minimum(1 - count / self.seen.clamp_min(1), self.decay ** count)
+                    now = rows.T @ difference.detach().clamp(-2, 2) / count.clamp_min(1)[:, None]
+                    bias.copy_(torch.where(count[:, None] > 0, torch.lerp(now, bias, keep[:, None]), bias))
+                parts.append((bias[bin] * difference).mean(1))
+        ready = self.seen[bin] > self.least
+        return torch.where(ready, torch.stack(parts, 1).mean(1), 0.0 * difference.sum())
+
+
+def _pooled(f: Tensor, floor: Tensor) -> Tensor:
+    "Means and standard deviations (B, 2 C) of maps (B, C, H, W)."
+    variance, mean = torch.var_mean(f, (2, 3), correction=0)
+    return torch.cat((mean, (variance + floor).sqrt()), 1)
 
 # %% ../nbs/09_perceptual.ipynb #00162619
 _MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
