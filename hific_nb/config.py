@@ -366,11 +366,12 @@ def lambda_for_target(target_bpp: float) -> float:
 
 @dataclass(frozen=True)
 class Objective(_Record):
-    """The Lagrangian lambda(r) * bpp + k_M * MSE + k_P * perceptual + k_T * texture distance + beta * adversarial loss.
+    """The Lagrangian lambda(r) * bpp + k_M * MSE + k_P * perceptual + k_T * texture + k_B * bias + beta * adversarial loss.
 
     target_bpp, lambda_above, lambda_below: the switch lambda(r) (Mentzer et al. 2020), in bits per pixel.
     k_M: weight of the MSE on a scale of 0 ... 255. k_P: of the distance `perceptual`: "lpips" (AlexNet), "ms-ssim" (1 - it) or
-        "none". k_T: of the statistics of features (Qiu et al. 2024, `perceptual.TextureDistance`). beta: of the adversarial loss
+        "none". k_T: of the difference in statistics of features (Qiu et al. 2024, `perceptual.TextureDistance`). k_B: of their
+        mean difference over many pictures (Mroueh et al. 2017, `perceptual.FeatureBias`). beta: of the adversarial loss
         `gan_loss`, "non_saturating", "least_squares" or one registered by `gan`.
     rate_warmup: share of the steps in which the target is `warmup_target` times and lambda `warmup_lambda` times as large.
     lambda_lowest_rate, lambda_highest_rate: lambda at the first and the last level of a model with rate levels, which is
@@ -389,6 +390,7 @@ class Objective(_Record):
     perceptual: str = "lpips"
     k_P: float = 1.0
     k_T: float = 0.0
+    k_B: float = 0.0
     gan_loss: str = "non_saturating"
     beta: float = 0.15
     lambda_lowest_rate: float = 6.0
@@ -400,7 +402,7 @@ class Objective(_Record):
         _require(0.001 <= self.target_bpp <= 24, "target_bpp must lie in 0.001 ... 24 bits per pixel.")
         for name in ("lambda_above", "lambda_below", "warmup_target", "warmup_lambda", "lambda_lowest_rate", "lambda_highest_rate"):
             _require(getattr(self, name) > 0, f"{name} must be above 0.")
-        for name in ("k_M", "k_P", "k_T", "beta"): _require(getattr(self, name) >= 0, f"{name} must not be negative.")
+        for name in ("k_M", "k_P", "k_T", "k_B", "beta"): _require(getattr(self, name) >= 0, f"{name} must not be negative.")
         if self.perceptual not in PERCEPTUAL: raise _unknown("perceptual distance", self.perceptual, PERCEPTUAL)
         for name in ("level_balance", "beta_fade"): _require(0 <= getattr(self, name) <= 1, f"{name} must lie in 0 ... 1.")
         _require(0 <= self.rate_warmup < 1, "rate_warmup is a share of the steps: 0 <= rate_warmup < 1.")

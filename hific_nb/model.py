@@ -109,28 +109,27 @@ class Model(nn.Module):
 
 # %% ../nbs/11_model.ipynb #c3e400b9
 def rate_distortion_loss(out: dict[str, Tensor], x: Tensor, objective: Objective, progress: float, *, levels: int = 0,
-                         perceptual: Callable | None = None, texture: Callable | None = None, adversarial: Tensor | None = None,
-                         batch_bpp: float | None = None) -> tuple[Tensor, dict]:
-    """lambda * bpp + k_M * MSE(0..255) + k_P * perceptual + k_T * texture + beta * adversarial: a scalar, and its parts.
+                         perceptual: Callable | None = None, texture: Tensor | None = None, bias: Tensor | None = None,
+                         adversarial: Tensor | None = None, batch_bpp: float | None = None) -> tuple[Tensor, dict]:
+    """lambda * bpp + k_M * MSE(0..255) + k_P * perceptual + k_T * texture + k_B * bias + beta * adversarial, and its parts.
 
     out: of `Model.forward` for the images x (B, 3, H, W) in 0 ... 1. progress: 0 ... 1 through the training.
-    perceptual, texture: (recon, x) -> (B,) distances. adversarial: loss of the generator against a discriminator, a scalar or (B,).
+    The first is a scalar. perceptual: (recon, x) -> (B,) distances. texture, bias: (B,), of `TextureDistance` and `FeatureBias`.
+    adversarial: loss of the generator against a discriminator, a scalar or (B,).
     Without levels, lambda is the switch of Mentzer et al. 2020: the *quantized* rate of the batch decides on it (`batch_bpp`
     where these images are a part of the batch), the *noisy* rate is penalized. With `levels`, the number of a model's rate
     levels, every image has the lambda of its level, and its Lagrangian is divided by lambda ** `objective.level_balance`, by its
     root unless you say otherwise, so that no end of the range drowns the other.
     The parts, floats: loss, bpp (quantized), bpp_noisy, mse, psnr (dB, of the batch's mean MSE), lmbda, and `perceptual`,
-    `texture` and `adversarial` where they are given.
+    `texture`, `bias` and `adversarial` where they are given.
     """
     mse = (255 * (out["recon"] - x)).square().mean((1, 2, 3))
     means = dict(bpp=out["bpp_quantized"].mean(), bpp_noisy=out["bpp_noisy"].mean(), mse=mse.mean())
     distance = objective.k_M * mse
-    for name, weight, distances in (("perceptual", objective.k_P, perceptual), ("texture", objective.k_T, texture)):
-        if distances is None: continue
-        seen = distances(out["recon"], x)
-        means[name], distance = seen.mean(), distance + weight * seen
-    if adversarial is not None:
-        means["adversarial"], distance = adversarial.mean(), distance + objective.beta * adversarial
+    seen = None if perceptual is None else perceptual(out["recon"], x)
+    for name, k, term in (("perceptual", objective.k_P, seen), ("texture", objective.k_T, texture), ("bias", objective.k_B, bias),
+                          ("adversarial", objective.beta, adversarial)):
+        if term is not None: means[name], distance = term.mean(), distance + k * term
     if levels:
         weight = objective.lambda_of_level(out["level"], levels)
         loss = ((weight * out["bpp_noisy"] + distance) / weight ** objective.level_balance).mean()

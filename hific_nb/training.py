@@ -34,7 +34,7 @@ from .config import HificError, ModelConfig, Objective, TrainConfig, write_atomi
 from .data import ImageError, image_to_tensor, open_dataset, read_image, split_alpha, tensor_to_image
 from .gan import Discriminator, adversarial_loss, discriminator_loss, gan_losses
 from .model import Coding, Model, load_model, rate_distortion_loss, save_model
-from .perceptual import TextureDistance, build_perceptual
+from .perceptual import FeatureBias, TextureDistance, build_perceptual
 from .transforms import DOWNSAMPLING
 from .zoo import import_published, model_folder, model_info, save_pretrained, write_card
 
@@ -235,6 +235,7 @@ class Trainer:
             self.critic_optimizer = self._adam(self.critics)
         self.perceptual, self.texture = (None if m is None else m.to(self.device, memory_format=torch.channels_last)
                                          for m in (perceptual, texture))
+        self.bias = FeatureBias(texture.stack.channels).to(self.device) if texture is not None and objective.k_B else None
         self.forward = torch.compile(model) if config.compile else model
         self.step = self.skipped = self._in_a_row = 0
 
@@ -278,14 +279,22 @@ class Trainer:
     def _loss(self, x: Tensor) -> tuple[Tensor, dict, dict]:
         levels, adversarial = self.model.config.rate_levels, None
         level = torch.randint(levels, (len(x),)).to(self.device) if levels else None
+        rate = level / (levels - 1) if levels else None
         out = self.forward(x, level)
         if self.discriminator is not None:
-            share = 1 - self.objective.beta_fade * level / (levels - 1) if levels and self.objective.beta_fade else None
+            share = 1 - self.objective.beta_fade * rate if levels and self.objective.beta_fade else None
             adversarial = adversarial_loss(self.discriminator, out["recon"], out["y_hat"], self.objective.gan_loss, share)
+        texture = bias = None
+        if self.texture is not None:
+            maps = self.texture.maps(out["recon"], x)
+            texture = self.texture.of_maps(*maps, x.shape[-1])
+            if self.bias is not None:
+                bias = self.bias(*maps, rate)
+                self.team.mean(list(self.bias.buffers()))
         switch = out["bpp_quantized"].mean()
         self.team.mean([switch])
         loss, record = rate_distortion_loss(out, x, self.objective, self.step / self.config.n_steps, levels=levels,
-                                            perceptual=self.perceptual, texture=self.texture, adversarial=adversarial,
+                                            perceptual=self.perceptual, texture=texture, bias=bias, adversarial=adversarial,
                                             batch_bpp=switch.item())
         return loss, record, out
 
@@ -321,6 +330,7 @@ class Trainer:
         parts = dict(model=self.model, optimizer=self.optimizer)
         if self.averaged is not None: parts |= dict(averaged=self.averaged)
         if self.discriminator is not None: parts |= dict(discriminator=self.discriminator, critic_optimizer=self.critic_optimizer)
+        if self.bias is not None: parts |= dict(bias=self.bias)
         return parts
 
     def warm_start(self, source: Model, discriminator: Discriminator | None = None) -> dict:
@@ -352,7 +362,7 @@ def _nothing(): yield
 def _distances(objective: Objective, folder: str | os.PathLike | None) -> dict:
     "The networks whose distances an objective asks for, as `Trainer` takes them, with weights from `folder`."
     return dict(perceptual=build_perceptual(objective.perceptual if objective.k_P else "none", folder),
-                texture=TextureDistance(folder=folder) if objective.k_T else None)
+                texture=TextureDistance(folder=folder) if objective.k_T or objective.k_B else None)
 
 
 _SLACK = 1.5  # beside what is kept for the backward pass: gradients on their way, workspaces, the next batch
@@ -365,7 +375,7 @@ def step_memory(trainer: Trainer, side: int = 128) -> dict[str, int]:
     """
     models = [trainer.model] + ([trainer.discriminator] if trainer.discriminator is not None else [])
     trained = {id(p) for m in models for p in m.parameters() if p.requires_grad}
-    others = [m for m in (trainer.averaged, trainer.perceptual, trainer.texture) if m is not None]
+    others = [m for m in (trainer.averaged, trainer.perceptual, trainer.texture, trainer.bias) if m is not None]
     tensors = [t for m in models + others for t in (*m.parameters(), *m.buffers())]
     fixed = sum(t.numel() * t.element_size() * (4 if id(t) in trained else 1) for t in tensors)
     known, saved = {t.untyped_storage().data_ptr() for t in tensors}, {}
@@ -376,6 +386,7 @@ def step_memory(trainer: Trainer, side: int = 128) -> dict[str, int]:
         return t
 
     kept = []
+    if trainer.bias is not None: trainer.bias.eval()  # these are no photos to learn from
     for rows in (1, 2):  # weights in bfloat16 are kept as well, once
         saved.clear()
         x = torch.rand(rows, 3, side, side, device=trainer.device).contiguous(memory_format=torch.channels_last)
@@ -384,6 +395,7 @@ def step_memory(trainer: Trainer, side: int = 128) -> dict[str, int]:
             graph = trainer._loss(x)
         del graph
         kept.append(sum(saved.values()))
+    if trainer.bias is not None: trainer.bias.train()
     per_image = kept[1] - kept[0]
     return dict(fixed=fixed + max(0, kept[0] - per_image),
                 per_image=int(_SLACK * per_image * (trainer.config.crop_size / side) ** 2))

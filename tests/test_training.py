@@ -16,6 +16,7 @@ import torch
 from hific_nb.config import HificError, ModelConfig, Objective, TrainConfig
 from hific_nb.data import PhotoCrops, sample_photo
 from hific_nb.model import Model, load_model
+from hific_nb.perceptual import FeatureBias
 from hific_nb.training import (
     Trainer, TrainingError, _as_meant, _launch_command, _launched_alone, check_memory, prepare_run, step_memory, train)
 
@@ -229,15 +230,25 @@ def test_the_adversarial_loss_fades_with_the_rate(monkeypatch, level):
     assert level == 0 or (faded - gradient(beta=2.0)).norm() > 0.05 * same.norm()
 
 
-def test_the_texture_distance_takes_part_in_training(photos, shared, tmp_path):
-    weights = shared / "weights"
-    for k_T in (0.0, 5.0):
-        train(tmp_path / f"{k_T}", photos, TINY, OBJECTIVE.replace(k_T=k_T), SHORT.replace(n_steps=2), lpips_weights=weights)
-    without, with_it = (records(tmp_path / f"{k_T}") for k_T in (0.0, 5.0))
-    assert all("texture" not in r for r in without) and all(r["texture"] > 0 for r in with_it)
-    first, other = with_it[0], without[0]
-    assert first["loss"] == pytest.approx(other["loss"] + 5 * first["texture"], rel=1e-2)
-    assert first["grad_norm"] != other["grad_norm"]
+def test_the_statistics_of_features_take_part_in_training(photos, shared, tmp_path, monkeypatch):
+    """They are in the loss, as its parts say; and the running means go on where a run was stopped."""
+    monkeypatch.setattr(FeatureBias.__init__, "__defaults__", (1, 0.99, 4))  # it counts from the third batch on
+    model, config = TINY.replace(rate_levels=11, rate_anchors=2), SHORT.replace(n_steps=8, **CRITIC)
+
+    def run(name, on_record=None, **terms):
+        train(tmp_path / name, photos, model, OBJECTIVE.replace(**terms), config, lpips_weights=shared / "weights",
+              on_record=on_record)
+        return [{key: r.get(key) for key in ("step", "loss", "texture", "bias", "grad_norm")} for r in records(tmp_path / name)]
+
+    def stop(record):
+        if record["step"] == 5: raise KeyboardInterrupt
+
+    without, both = run("without"), run("both", k_T=5.0, k_B=20.0)
+    assert all(r["texture"] is r["bias"] is None for r in without)
+    assert both[0]["bias"] == 0 < both[0]["texture"] and both[-1]["bias"] > 0
+    assert both[0]["loss"] > without[0]["loss"] and both[0]["grad_norm"] != without[0]["grad_norm"]
+    with pytest.raises(KeyboardInterrupt): run("stopped", stop, k_T=5.0, k_B=20.0)
+    assert run("stopped", k_T=5.0, k_B=20.0) == both
 
 
 def test_steps_that_are_no_numbers_are_skipped_then_stop_the_run(photos, tmp_path, monkeypatch):
