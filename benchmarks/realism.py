@@ -6,10 +6,11 @@
 Each photo is encoded once a level and decoded by both generators, by networks between their weights (room 17,
 `GeneratorPair`), and as blends of the two pictures. Of each: PSNR, LPIPS (AlexNet) and `patch_distance` as means over photos, and
 the Fréchet and kernel distances of all 256 x 256 patches, laid as in HiFiC's paper, in features of VGG16. Of a folder named by
---held-back, only the photos count that training held back. The kernel distance, and its change from stage 1, come with their
-standard errors, by leaving out a tenth of the photos at a time. With --card, the figures are written into card.json of that model
-folder as well: the explorer what_the_gan_adds draws them. Pictures are blended at the levels of --pixels alone: it is the
-features that take the time.
+--held-back, only the photos count that training held back. `fid_vgg16` and `kid_vgg16` are of VGG16's last convolution, as in room
+16; `stages` has both for the last convolution of each of its five resolutions, from grain to objects. The kernel distance, and its
+change from stage 1, come with their standard errors, by leaving out a tenth of the photos at a time. With --card, the figures are
+written into card.json of that model folder as well: the explorer what_the_gan_adds draws them. Pictures are blended at the levels
+of --pixels alone: it is the features that take the time.
 """
 
 import argparse
@@ -26,9 +27,9 @@ import torch
 from hific_nb.codec import hardware_bfloat16
 from hific_nb.config import write_atomic
 from hific_nb.data import find_images, holdout_split, image_to_tensor, read_image, split_alpha
-from hific_nb.evaluation import VGG16Features, patch_features
+from hific_nb.evaluation import patch_features
 from hific_nb.metrics import bpp, frechet_distance, kernel_distance, psnr
-from hific_nb.perceptual import LPIPS
+from hific_nb.perceptual import LPIPS, FeatureStack
 from hific_nb.training import _keep_pages
 from hific_nb.widgets import GeneratorPair, PictureBlends, patch_distance
 
@@ -41,11 +42,23 @@ def jackknife(originals, decoded, photo, than=None, groups=10):
     return float(np.sqrt((groups - 1) / groups * np.square(left - left.mean()).sum()))
 
 
+STAGES = {"conv1_2": 64, "conv2_2": 128, "conv3_3": 256, "conv4_3": 512, "conv5_3": 512}  # layers of VGG16, widths
+
+
+def by_stage(features, stages):
+    "Features of a list of pictures, (n, sum of widths) each -> {layer: (N, width)}."
+    ends = np.cumsum([0, *stages.values()])
+    features = np.concatenate([np.empty((0, ends[-1])), *(f for f in features if len(f))])
+    return {name: features[:, a:b] for name, a, b in zip(stages, ends, ends[1:])}
+
+
 class Measure:
     "The networks that look: LPIPS of two pictures, features of a picture's patches."
+    stages = STAGES
+
     def __init__(self, weights, device):
         self.device, self.lpips = device, LPIPS("alex", weights).to(device)
-        self.features = VGG16Features(weights).to(device, memory_format=torch.channels_last)
+        self.features = FeatureStack("vgg", weights).to(device, memory_format=torch.channels_last)
         self.dtype = torch.bfloat16 if hardware_bfloat16(device) else torch.float32
 
     @torch.inference_mode()
@@ -55,7 +68,11 @@ class Measure:
 
     def patches(self, image):
         with torch.autocast(torch.device(self.device).type, self.dtype, enabled=self.dtype != torch.float32):
-            return patch_features(lambda x: self.features(x.contiguous(memory_format=torch.channels_last)), image)
+            return patch_features(self.means, image)
+
+    def means(self, x):
+        maps = self.features((x.to(self.device).float() / 255).contiguous(memory_format=torch.channels_last))
+        return torch.cat([m.float().mean((2, 3)) for m in maps], 1)
 
 
 def measure_set(name, paths, pair, looking, levels, shares, pixel_levels, progress):
@@ -76,20 +93,23 @@ def measure_set(name, paths, pair, looking, levels, shares, pixel_levels, progre
                               patch_distance(image, decoded)))
             features[key].append(looking.patches(decoded))
         progress(name, k + 1, len(paths))
-    originals, rows = np.concatenate(originals), []
+    originals, patches, rows = by_stage(originals, looking.stages), len(photo), []
+    last = list(looking.stages)[-1]
     for key in wanted:
         label, level, share, way = key
         rates, quality, lpips, fine = ([v for v in values if v is not None] for values in zip(*kept[key]))
-        decoded, stage1 = (np.concatenate(features[k]) for k in (key, (label, level, 0, "")))
+        decoded, stage1 = (by_stage(features[k], looking.stages) for k in (key, (label, level, 0, "")))
         found = dict(level=label, rate_level=level, share=share, way=way, bpp=np.mean(rates), psnr=np.mean(quality),
                      patches=np.mean(fine), lpips_alex=np.mean(lpips) if lpips else None)
-        if len(originals) > 1:
-            found |= dict(fid_vgg16=frechet_distance(originals, decoded), kid_vgg16=kernel_distance(originals, decoded))
+        if patches > 1:
+            stages = {name: dict(fid=frechet_distance(own, decoded[name]), kid=kernel_distance(own, decoded[name]))
+                      for name, own in originals.items()}
+            found |= dict(fid_vgg16=stages[last]["fid"], kid_vgg16=stages[last]["kid"], stages=stages)
         if len(set(photo)) > 10:
-            found |= dict(kid_error=jackknife(originals, decoded, photo))
-            if share: found |= dict(kid_change_error=jackknife(originals, decoded, photo, stage1))
+            found |= dict(kid_error=jackknife(originals[last], decoded[last], photo))
+            if share: found |= dict(kid_change_error=jackknife(originals[last], decoded[last], photo, stage1[last]))
         rows.append({name: float(value) if isinstance(value, np.floating) else value for name, value in found.items()})
-    return dict(name=name, photos=len(paths), patches=len(originals), rows=rows)
+    return dict(name=name, photos=len(paths), patches=patches, rows=rows)
 
 
 def rounded(x):
@@ -144,7 +164,8 @@ def main(arguments=None):
         write_atomic(args.card/"card.json", (json.dumps(card | dict(realism=result), indent=1) + "\n").encode())
     for s in result["sets"]:
         print(f"\n{s['name']}: {s['photos']} photos, {s['patches']} patches")
-        for row in s["rows"]: print("  " + "  ".join(f"{key} {value}" for key, value in row.items() if value is not None))
+        for row in s["rows"]:
+            print("  " + "  ".join(f"{key} {value}" for key, value in row.items() if value is not None and key != "stages"))
 
 
 if __name__ == "__main__":

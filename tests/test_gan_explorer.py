@@ -222,6 +222,7 @@ def test_benchmark_measures_what_it_says(realism, gan, tmp_path, monkeypatch):
     def colours(x): return x.float().mean((2, 3))
 
     class Looking:
+        stages = dict(red=1, rest=2)
         distance = staticmethod(lambda a, b: float(np.abs(np.asarray(a, float) - np.asarray(b, float)).mean()))
         patches = staticmethod(lambda image: realism.patch_features(colours, image))
 
@@ -253,8 +254,10 @@ def test_benchmark_measures_what_it_says(realism, gan, tmp_path, monkeypatch):
         assert row["bpp"] == pytest.approx(np.mean([8 * len(d) / (im.width * im.height) for d, im in zip(data, images)]), rel=1e-5)
         assert row["psnr"] == pytest.approx(np.mean([psnr(a, b) for a, b in zip(images, decoded)]), rel=1e-5)
         sets = [np.concatenate([Looking.patches(im) for im in group]) for group in (images, decoded)]
-        assert row["fid_vgg16"] == pytest.approx(frechet_distance(*sets), rel=1e-4)
-        assert row["kid_vgg16"] == pytest.approx(kernel_distance(*sets), rel=1e-4)
+        for name, part in (("red", [s[:, :1] for s in sets]), ("rest", [s[:, 1:] for s in sets])):
+            assert row["stages"][name]["fid"] == pytest.approx(frechet_distance(*part), rel=1e-4)
+            assert row["stages"][name]["kid"] == pytest.approx(kernel_distance(*part), rel=1e-4)
+        assert (row["fid_vgg16"], row["kid_vgg16"]) == tuple(row["stages"]["rest"].values())
         assert row["patches"] == pytest.approx(np.mean([patch_distance(a, b) for a, b in zip(images, decoded)]), rel=1e-5)
     with pytest.raises(SystemExit):  # figures of one model do not go into the card of another
         realism.main(["--base", str(MODEL), "--gan", str(MODEL), "--photos", str(other), "--levels", "low", "--shares", "0", *out])
