@@ -280,9 +280,9 @@ class Trainer:
         levels, adversarial = self.model.config.rate_levels, None
         level = torch.randint(levels, (len(x),)).to(self.device) if levels else None
         rate = level / (levels - 1) if levels else None
+        share = 1 - self.objective.realism_fade * rate if levels and self.objective.realism_fade else None
         out = self.forward(x, level)
         if self.discriminator is not None:
-            share = 1 - self.objective.beta_fade * rate if levels and self.objective.beta_fade else None
             adversarial = adversarial_loss(self.discriminator, out["recon"], out["y_hat"], self.objective.gan_loss, share)
         texture = bias = None
         if self.texture is not None:
@@ -291,6 +291,7 @@ class Trainer:
             if self.bias is not None:
                 bias = self.bias(*maps, rate)
                 self.team.mean(list(self.bias.buffers()))
+        if share is not None: texture, bias = (None if term is None else share * term for term in (texture, bias))
         switch = out["bpp_quantized"].mean()
         self.team.mean([switch])
         loss, record = rate_distortion_loss(out, x, self.objective, self.step / self.config.n_steps, levels=levels,

@@ -225,7 +225,7 @@ def test_the_adversarial_loss_fades_with_the_rate(monkeypatch, level):
         return found
 
     critic = Trainer(model, OBJECTIVE, SHORT.replace(**CRITIC)).discriminator.state_dict()
-    faded, same = gradient(beta=2.0, beta_fade=1.0), gradient(beta=2.0 * (1 - level / 10))
+    faded, same = gradient(beta=2.0, realism_fade=1.0), gradient(beta=2.0 * (1 - level / 10))
     assert (faded - same).norm() < 1e-3 * same.norm()
     assert level == 0 or (faded - gradient(beta=2.0)).norm() > 0.05 * same.norm()
 
@@ -247,6 +247,7 @@ def test_the_statistics_of_features_take_part_in_training(photos, shared, tmp_pa
     assert all(r["texture"] is r["bias"] is None for r in without)
     assert both[0]["bias"] == 0 < both[0]["texture"] and both[-1]["bias"] > 0
     assert both[0]["loss"] > without[0]["loss"] and both[0]["grad_norm"] != without[0]["grad_norm"]
+    assert run("faded", k_T=5.0, realism_fade=1.0)[0]["texture"] < both[0]["texture"]
     with pytest.raises(KeyboardInterrupt): run("stopped", stop, k_T=5.0, k_B=20.0)
     assert run("stopped", k_T=5.0, k_B=20.0) == both
 
