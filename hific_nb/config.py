@@ -377,8 +377,8 @@ class Objective(_Record):
     lambda_lowest_rate, lambda_highest_rate: lambda at the first and the last level of a model with rate levels, which is
         trained without the switch.
     level_balance: the power of its lambda that each level's Lagrangian is divided by, 0 ... 1: the more, the more high rates count.
-    realism_fade: how much of k_T, k_B and beta has faded away at the last level, 0 (none) ... 1 (all), linearly from the first:
-        what a high rate has lost is little, and whoever cannot find it leads the generator away from the photo.
+    realism_fade: how fast k_T, k_B and beta fade from the first level on, linearly: 0 not at all, 1 to nothing at the last level,
+        2 at the middle one. What a high rate has lost is little, and who cannot find it leads the generator away from the photo.
     """
     target_bpp: float = 0.14
     lambda_above: float = 2.0
@@ -404,7 +404,8 @@ class Objective(_Record):
             _require(getattr(self, name) > 0, f"{name} must be above 0.")
         for name in ("k_M", "k_P", "k_T", "k_B", "beta"): _require(getattr(self, name) >= 0, f"{name} must not be negative.")
         if self.perceptual not in PERCEPTUAL: raise _unknown("perceptual distance", self.perceptual, PERCEPTUAL)
-        for name in ("level_balance", "realism_fade"): _require(0 <= getattr(self, name) <= 1, f"{name} must lie in 0 ... 1.")
+        _require(0 <= self.level_balance <= 1, "level_balance must lie in 0 ... 1.")
+        _require(self.realism_fade >= 0, "realism_fade must not be negative.")
         _require(0 <= self.rate_warmup < 1, "rate_warmup is a share of the steps: 0 <= rate_warmup < 1.")
 
     @classmethod

@@ -280,7 +280,7 @@ class Trainer:
         levels, adversarial = self.model.config.rate_levels, None
         level = torch.randint(levels, (len(x),)).to(self.device) if levels else None
         rate = level / (levels - 1) if levels else None
-        share = 1 - self.objective.realism_fade * rate if levels and self.objective.realism_fade else None
+        share = (1 - self.objective.realism_fade * rate).clamp(0) if levels and self.objective.realism_fade else None
         out = self.forward(x, level)
         if self.discriminator is not None:
             adversarial = adversarial_loss(self.discriminator, out["recon"], out["y_hat"], self.objective.gan_loss, share)

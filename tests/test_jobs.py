@@ -214,7 +214,7 @@ WRONG = dict(model_type=["compresion", 1], n_steps=[1.5, 0, -1, "many"], batch_s
              normalize_input_image=["true", 2],
              rate_levels=[-1, 1.5], regime=["hihg", 1], target_bpp=[-0.1, "x", [1]], k_M=[-1, "x"], k_P=[-1, "x"],
              perceptual=["lpip", 0], k_T=[-1, "x"], k_B=[-1, "x"], lpips_weights=["no/such/folder", 3], beta=[-1, "x"],
-             realism_fade=[-0.1, 1.5, "x"], gan_loss=["wasserstain", 0],
+             realism_fade=[-0.1, "x"], gan_loss=["wasserstain", 0],
              lambda_lowest_rate=[-1, "x"], lambda_highest_rate=[-1, "x"], level_balance=[-1, "x"], rate_warmup=[-1, "x", [1]],
              warmup_target=[0, "x"], warmup_lambda=[0, "x"], schedule_in=["step"], learning_rate=[0, -1e-4, 5.0, "x"],
              lr_schedule=["cosin"], lr_drop_at=[-0.1, "x"], lr_drop=[0, 2, "x"], adam_beta1=[-0.1, 1, "x"], warmup_steps=[-1, 0.5],

@@ -208,9 +208,9 @@ def test_the_discriminator_has_a_learning_rate_of_its_own():
     assert moved[0][0] == moved[1][0] > 0 and moved[1][1] > 3 * moved[0][1] > 0
 
 
-@pytest.mark.parametrize("level", [0, 5, 10])
-def test_the_adversarial_loss_fades_with_the_rate(monkeypatch, level):
-    """All of beta at the first level, none at the last, half of it half-way: the gradients of the generator tell."""
+@pytest.mark.parametrize("level, fade", [(0, 1.0), (5, 1.0), (10, 1.0), (4, 2.0), (8, 2.0)])
+def test_the_adversarial_loss_fades_with_the_rate(monkeypatch, level, fade):
+    """All of beta at the first level, none at the last (of a faster fade: in the middle): the gradients of the generator tell."""
     torch.manual_seed(0)
     model = Model(TINY.replace(rate_levels=11, rate_anchors=2))
     batch = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
@@ -225,7 +225,7 @@ def test_the_adversarial_loss_fades_with_the_rate(monkeypatch, level):
         return found
 
     critic = Trainer(model, OBJECTIVE, SHORT.replace(**CRITIC)).discriminator.state_dict()
-    faded, same = gradient(beta=2.0, realism_fade=1.0), gradient(beta=2.0 * (1 - level / 10))
+    faded, same = gradient(beta=2.0, realism_fade=fade), gradient(beta=2.0 * max(0, 1 - fade * level / 10))
     assert (faded - same).norm() < 1e-3 * same.norm()
     assert level == 0 or (faded - gradient(beta=2.0)).norm() > 0.05 * same.norm()
 
