@@ -1,7 +1,7 @@
 """Distortion against perception: stage 1, GAN, and the blends between them, from one file a photo and level.
 
     python benchmarks/realism.py --photos ../shared/data/train ../shared/data/kodak --held-back ../shared/data/train \
-        --weights ../shared/weights --card hific_nb/models/hific-lite-v1
+        --weights ../shared/weights --card hific_nb/models/hific-lite-gan-v1
 
 Each photo is encoded once a level and decoded by both generators, by networks between their weights (room 17,
 `GeneratorPair`), and as blends of the two pictures. Of each: PSNR, LPIPS (AlexNet) and `patch_distance` as means over photos, and
@@ -121,7 +121,7 @@ def rounded(x):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="hific-lite-base")
-    parser.add_argument("--gan", default="hific-lite")
+    parser.add_argument("--gan", default="hific-lite-gan")
     parser.add_argument("--photos", type=Path, nargs="+", required=True, help="folders, each a set of its own")
     parser.add_argument("--held-back", type=Path, nargs="*", default=[], help="those of them that were trained on")
     parser.add_argument("--levels", nargs="+", default=["low", "med", "high"], help="names, or qualities 0 ... 100")

@@ -423,8 +423,11 @@ def explore_command(args) -> int:
 
     if not all(importlib.util.find_spec(package) for package in ("voila", "anywidget", "ipykernel")):
         raise HificError("hific explore shows a notebook as a page: pip install 'hific_nb[notebooks]' first.")
-    settings = {"HIFIC_EXPLORE_MODEL": str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model}
-    load_pretrained(settings["HIFIC_EXPLORE_MODEL"])
+    settings = {}
+    for variable, model in (("HIFIC_EXPLORE_MODEL", args.model), ("HIFIC_STAGE1_MODEL", args.base)):
+        if model is None: continue  # the page has its own
+        settings[variable] = str(Path(model).resolve()) if Path(model).is_dir() else model
+        load_pretrained(settings[variable])
     if args.input is not None:
         read_image(args.input, args.max_pixels)
         settings["HIFIC_EXPLORE_PICTURE"] = str(args.input.resolve())
@@ -535,7 +538,8 @@ def build_parser() -> argparse.ArgumentParser:
     options(sub, "hific-lite", shipped)
     sub = command("explore", explore_command, "Bitrate against quality, or the inside of the codec, as a page in the browser.")
     sub.add_argument("input", type=Path, nargs="?", help="a photo; default: one that scikit-image carries, others can be uploaded")
-    sub.add_argument("--model", default="hific-lite", help=shipped)
+    sub.add_argument("--model", help="its name, folder or Hub id; default: hific-lite, on what_the_gan_adds hific-lite-gan")
+    sub.add_argument("--base", help="of what_the_gan_adds: the model of stage 1 (default: hific-lite-base)")
     sub.add_argument("--page", default="bitrate_vs_quality",
                      help="bitrate_vs_quality (the default), inside_the_codec or what_the_gan_adds")
     sub.add_argument("--port", type=_positive, help="of the page's address (default: one that is free)")

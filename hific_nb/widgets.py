@@ -2702,7 +2702,7 @@ class GeneratorPair:
     them. names, fingerprints: of both. same: whether there is nothing to blend. Raises `CodecError` where more than encoder and
     generator differs.
     """
-    def __init__(self, base="hific-lite-base", gan="hific-lite", **options):
+    def __init__(self, base="hific-lite-base", gan="hific-lite-gan", **options):
         self.names = tuple("a model" if isinstance(m, Model) else find_model(m)[1] for m in (base, gan))
         models = [m if isinstance(m, Model) else load_pretrained(m) for m in (base, gan)]
         self.codec, self.gan = (Codec(m, name=name, **options) for m, name in zip(models, self.names))

@@ -60,7 +60,8 @@ WITHDRAWN = {model.name: model for model in (
     Withdrawn("hific-lite-v0", "2efd49341f60fe3d", "970d475707fa", "hific-lite"),
 )}
 MODELS_FOLDER = Path(str(files("hific_nb"))).resolve()/"models"
-ALIASES = {"hific-lite": "hific-lite-base-v1", "hific-lite-base": "hific-lite-base-v1"}  # without a version: the newest
+ALIASES = {"hific-lite": "hific-lite-base-v1", "hific-lite-base": "hific-lite-base-v1",  # without a version: the newest
+           "hific-lite-gan": "hific-lite-gan-v1"}
 
 # %% ../nbs/12_zoo.ipynb #c4523758
 _UNITS = dict(bpp="{:.3f} bpp", psnr="{:.2f} dB PSNR", ms_ssim="{:.4f} MS-SSIM", lpips_alex="{:.4f} LPIPS (Alex)",

@@ -23,7 +23,7 @@ from hific_nb.zoo import list_models, model_info, save_pretrained
 
 NOTEBOOK = ROOT / "nbs" / "explore" / "what_the_gan_adds.ipynb"
 MODEL = ROOT / "tests" / "golden" / "levels"  # 9 levels; its pictures are noise, its files and figures real
-SHIPPED = "hific-lite-v1"
+SHIPPED = "hific-lite-gan-v1"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -361,11 +361,10 @@ class Page(browser.Page):
 
 
 @needs_chromium
-def test_page_by_voila(chromium, pair, gan, photo, tmp_path, monkeypatch):
+def test_page_by_voila(chromium, pair, gan, photo, tmp_path):
     """`hific explore --page what_the_gan_adds`: slider, keys, uploads, downloads, the plot and the failures."""
-    monkeypatch.setenv("HIFIC_STAGE1_MODEL", str(MODEL))
     original = read_image(photo)
-    with explore(tmp_path, photo, "--model", gan, "--page", "what_the_gan_adds") as (url, _):
+    with explore(tmp_path, photo, "--base", MODEL, "--model", gan, "--page", "what_the_gan_adds") as (url, _):
         page = Page(chromium, url, accept_downloads=True, viewport=(1100, 1500))
         page.check_answer(pair, gan, original, 1, 1, "pixels")
         page.shot("gan-first")
