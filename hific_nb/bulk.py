@@ -512,7 +512,8 @@ def rows_by_processes(items: Iterable[Item], settings: BulkSettings, workers: in
         while any(worker.items for worker in pool):
             worker, row = rows.get()
             if row is None:
-                if not worker.ready: raise BulkError("A worker process ended before it began: its last words are above.")
+                if not worker.ready and worker.process.wait() >= 0:  # below 0: it was killed, which any worker can be
+                    raise BulkError("A worker process ended before it began: its last words are above.")
                 for item in worker.items: tries[item.file] += 1
                 lost, worker.items = [replace(item, alone=True) for item in worker.items], deque()
                 worker.finish()

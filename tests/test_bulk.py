@@ -175,16 +175,28 @@ def kill_one_child() -> int:
     raise AssertionError("no worker process found")
 
 
-def test_a_picture_that_kills_its_worker_is_given_up(tmp_path, monkeypatch):
-    "A worker that dies on one picture, again and again: this one gets an error, the others are done."
+def test_a_worker_killed_before_it_begins_loses_nothing(photos, tmp_path, monkeypatch):
+    first = tmp_path / "first"
+    in_workers(monkeypatch, tmp_path, f"import os, signal\ntry: os.close(os.open({str(first)!r}, os.O_CREAT | os.O_EXCL))\n"
+                                      "except FileExistsError: pass\nelse: os.kill(os.getpid(), signal.SIGKILL)\n")
+    result = run_bulk(photos, tmp_path / "out", CPU, workers=2)
+    assert first.exists() and (result.done, result.failed) == (4, 1)  # the broken one
+
+
+def in_workers(monkeypatch, tmp_path, code: str) -> None:
+    "Lets worker processes run this code as they start."
     folder = tmp_path / "site"
     folder.mkdir()
-    (folder / "sitecustomize.py").write_text(
-        "import builtins, os, sys\nif any('hific_nb.bulk' in a for a in sys.orig_argv):\n    real = builtins.open\n"
-        "    def deadly(file, *a, **k):\n        if str(file).endswith('poison.png'): os._exit(9)\n"
-        "        return real(file, *a, **k)\n"
-        "    builtins.open = deadly\n")
+    body = "".join(f"    {line}\n" for line in code.splitlines())
+    (folder / "sitecustomize.py").write_text(f"import sys\nif any('hific_nb.bulk' in a for a in sys.orig_argv):\n{body}")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]))
+
+
+def test_a_picture_that_kills_its_worker_is_given_up(tmp_path, monkeypatch):
+    "A worker that dies on one picture, again and again: this one gets an error, the others are done."
+    in_workers(monkeypatch, tmp_path,
+               "import builtins, os\nreal = builtins.open\ndef deadly(file, *a, **k):\n"
+               "    if str(file).endswith('poison.png'): os._exit(9)\n    return real(file, *a, **k)\nbuiltins.open = deadly\n")
     photos = tmp_path / "photos"
     photos.mkdir()
     for name in ("a", "b", "poison", "q", "r"): sample_photo("coffee").resize((64, 64)).save(photos / f"{name}.png")
