@@ -40,7 +40,7 @@ class BulkSettings:
     action: "compress" (pictures to `.hfc`) or "decompress" (`.hfc` to PNG). model: as in `Codec.from_pretrained`; None
     decompresses each file with the shipped model it names. rate: one of quality, bpp and max_bytes, or none, as in
     `Codec.compress`. tile, thumbnail, memory, max_pixels, device: as in `Codec`. metrics: also decode what was compressed and
-    compare, which costs a generator's run.
+    compare, which costs a generator's run. refine: steps of refinement, as in `Codec.compress`.
     force: do all again, and overwrite what is there.
     """
     action: str = "compress"
@@ -53,11 +53,15 @@ class BulkSettings:
     memory: int | str | None = None
     metrics: bool = False
     force: bool = False
+    refine: int = 0
 
     def __post_init__(self):
         if self.action not in ("compress", "decompress"):
             raise BulkError(f"The action must be 'compress' or 'decompress', not {self.action!r}.")
-        if self.metrics and self.action != "compress": raise BulkError("Metrics need the originals: ask for them when compressing.")
+        if (self.metrics or self.refine) and self.action != "compress":
+            raise BulkError("Metrics and refinement need the originals: ask for them when compressing.")
+        if not isinstance(self.refine, int) or self.refine < 0:
+            raise BulkError(f"The steps of a refinement must be a whole number, 0 for none, not {self.refine!r}.")
 
 
 @dataclass(frozen=True)
@@ -236,7 +240,12 @@ class Worker:
         self.settings, self.threads, self._codecs, self._lock = settings, threads, {}, threading.Lock()
         self._options = dict(tile=settings.tile, thumbnail=settings.thumbnail, **settings.rate)
         codec = None if settings.model is None else self._codec(settings.model)
-        self.batch = batch or (8 if codec is not None and codec.device.type == "cuda" else 1)
+        if settings.refine:
+            from hific_nb.refinement import get_distances
+
+            self._options["refine"] = settings.refine
+            get_distances("lpips", None, codec.device)  # what is missing is missing for every picture
+        self.batch = batch or (8 if codec is not None and codec.device.type == "cuda" and not settings.refine else 1)
         self.ahead, self.busy = ahead or max(2 * self.batch, self.threads + 1), False
         if settings.action == "compress" and settings.rate: codec.check_rate(**settings.rate)
 
@@ -307,6 +316,7 @@ class Worker:
         s = self.settings
         rate = [f"{name}={value}" for name, value in s.rate.items()] + [f"{name}={value}" for name in ("tile", "thumbnail")
                                                                     if (value := getattr(s, name)) is not None]
+        if s.refine: rate.append(f"refine={s.refine}")
         return " ".join([s.action, codec.fingerprint.hex(), *rate])
 
     def _read(self, job: _Job) -> None:

@@ -88,6 +88,17 @@ def _png(image) -> bytes:
     return buffer.getvalue()
 
 
+def _steps(total: int):
+    "A bar for the steps of a refinement; a large picture's pieces take theirs one after the other."
+    from tqdm import tqdm
+
+    bar = tqdm(total=total, disable=not sys.stderr.isatty(), unit="step", leave=False)
+    def progress(done: int, steps: int) -> None:
+        bar.total = steps
+        bar.update(done - bar.n)
+    return progress
+
+
 def _bulk(args, inputs: Sequence[Path | str], **settings) -> int:
     "A folder through all cores or a cluster, with manifest.csv beside the results; the number of files that failed."
     from tqdm import tqdm
@@ -122,8 +133,10 @@ def compress_command(args) -> int:
     inputs = _inputs(args.input, find_images)
     rate = {name: value for name in ("quality", "bpp", "max_bytes") if (value := getattr(args, name)) is not None}
     if not args.reconstruct and (inputs != [args.input] or args.engine != "local" or args.metrics):
-        return _bulk(args, inputs, rate=rate, tile=args.tile, thumbnail=None if args.thumbnail else False, metrics=args.metrics)
+        return _bulk(args, inputs, rate=rate, tile=args.tile, thumbnail=None if args.thumbnail else False, metrics=args.metrics,
+                     refine=args.refine)
     codec = _codec(args)
+    if args.refine: rate |= dict(refine=args.refine, progress=_steps(args.refine))
 
     def compress(source: Path | str, target: Path | str) -> str:
         if args.reconstruct:
@@ -480,6 +493,8 @@ def build_parser() -> argparse.ArgumentParser:
                         help="0 ... 100, or low, med, high; for models with rate levels, as the next two")
     wanted.add_argument("--bpp", type=float, help="bits per pixel to come as near to as the model can")
     wanted.add_argument("--max-bytes", type=_positive, help="bytes that a file may have at most")
+    sub.add_argument("--refine", type=_positive, default=0, metavar="STEPS",
+                     help="steps of gradient descent, say 40, for a nearer picture of the same size: some hundred times slower")
     sub.add_argument("--tile", type=int, help="side in pixels of parts that can be decoded alone, a multiple of 64; 0: none")
     sub.add_argument("--metrics", action="store_true", help="of a folder: PSNR and MS-SSIM into manifest.csv; costs a decoding")
     workers(sub)

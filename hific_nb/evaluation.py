@@ -265,17 +265,19 @@ class Contender:
 
     codec: `compress(image)`, or `compress(image, quality=...)` where it has qualities, and `decompress(bytes)`. qualities:
     those to evaluate, (None,) for a codec of one rate. identity: what a record depends on beside the photo: the model's
-    fingerprint, or the library's version and a hash of what it makes of a sample.
+    fingerprint, or the library's version and a hash of what it makes of a sample. refine: as in `Codec.compress`.
     """
     label: str
     codec: object
     qualities: tuple
     extension: str
     identity: dict
+    refine: int = 0
 
     def compress(self, image: Image.Image, quality) -> bytes:
         "The file of an RGB picture."
-        return self.codec.compress(image) if quality is None else self.codec.compress(image, quality=quality)
+        options = ({} if quality is None else dict(quality=quality)) | (dict(refine=self.refine) if self.refine else {})
+        return self.codec.compress(image, **options)
 
 
 def _sha256(data: bytes) -> str: return hashlib.sha256(data).hexdigest()
@@ -309,15 +311,19 @@ def find_contenders(codecs, qualities: dict[str, Sequence] | None = None, device
     """Codecs ready to be evaluated.
 
     codecs: names of baselines, of shipped models, model folders, or objects with `compress` and `decompress`; or a dict
-    {label: one of these}. qualities: {label or name: those to evaluate}; else a baseline's defaults, and nine over the
-    range of a model with levels.
+    {label: one of these}. "+refine40" behind a model's name asks for that many steps of refinement (room 12). qualities:
+    {label or name: those to evaluate}; else a baseline's defaults, and nine over the range of a model with levels.
     """
     if isinstance(codecs, (str, os.PathLike)): codecs = [codecs]
     given = list(codecs.items()) if isinstance(codecs, dict) else [(None, spec) for spec in codecs]
     if not given: raise EvaluationError("There is nothing to evaluate: name at least one model or baseline.")
     qualities, used, found = dict(qualities or {}), set(), []
     for label, spec in given:
-        codec, own = _load(spec, device, max_pixels)
+        refined = re.fullmatch(r"(.+)\+refine(\d{1,5})", spec) if isinstance(spec, str) else None
+        codec, own = _load(refined[1] if refined else spec, device, max_pixels)
+        if refined and not isinstance(codec, Codec):
+            raise EvaluationError(f"{spec} cannot be: only our own models have latents to refine.")
+        if refined: own += f"+refine{int(refined[2])}"
         if not (callable(getattr(codec, "compress", None)) and callable(getattr(codec, "decompress", None))):
             raise EvaluationError(f"{codec!r} is no codec: it needs compress(image) and decompress(bytes).")
         label = label or own
@@ -340,11 +346,12 @@ def find_contenders(codecs, qualities: dict[str, Sequence] | None = None, device
         if isinstance(codec, Codec):
             identity = dict(model=codec.fingerprint.hex(), coder=codec.coder.name, device=codec.device.type,
                             dtype=str(codec.dtype).removeprefix("torch."), package=__version__)
+            if refined: identity["refine"] = int(refined[2])
         else: identity = dict(name=str(own), version=str(getattr(codec, "version", "")), package=__version__)
         if isinstance(codec, Baseline):  # what it makes of a picture tells settings apart that share a name
             identity["sample"] = _sha256(codec.compress(_sample(), codec.qualities[len(codec.qualities) // 2]))[:16]
         extension = ".hfc" if isinstance(codec, Codec) else getattr(codec, "extension", ".bin")
-        found.append(Contender(label, codec, chosen, extension, identity))
+        found.append(Contender(label, codec, chosen, extension, identity, int(refined[2]) if refined else 0))
     stray = set(qualities) - used
     if stray: raise EvaluationError(f"There are qualities for {sorted(stray)[0]!r}, which is not among the codecs.")
     return found

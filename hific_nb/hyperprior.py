@@ -158,10 +158,13 @@ class Hyperprior(nn.Module):
         return dict(y_hat=y_hat, z_hat=z_hat, mean=mean, scale=scale, bits_noisy=sum(b.sum((1, 2, 3)) for b in noisy),
                     bits_quantized=sum(b.sum((1, 2, 3)) for b in quantized)), quantized
 
+    def latent_bits(self, y: Tensor, predicted: tuple[Tensor, ...]) -> Tensor:
+        "Bits of each latent of y (B, C, h, w), whole or not; predicted: of `synthesize`. Differentiable."
+        if self.mixture: return mixture_log_likelihood(y, *predicted) / -math.log(2)
+        return -torch.log2(interval_likelihood(y, *predicted, self.cdf))
+
     def _bits(self, y: Tensor, z: Tensor, predicted: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        if self.mixture: latents = mixture_log_likelihood(y, *predicted) / -math.log(2)
-        else: latents = -torch.log2(interval_likelihood(y, *predicted, self.cdf))
-        return latents, -torch.log2(self.hyperlatent_likelihood(z))
+        return self.latent_bits(y, predicted), -torch.log2(self.hyperlatent_likelihood(z))
 
 
 @torch.no_grad()

@@ -210,11 +210,13 @@ class LPIPS(nn.Module):
     """Learned perceptual image patch similarity, version 0.1 (Zhang et al. 2018, equation 1); frozen.
 
     net, folder, trained: as in `FeatureStack`; the linear layers come from the package torchmetrics. Without `trained`
-    the features are random and count alike: of use where no weights are, to see the construction.
+    the features are random and count alike: of use where no weights are, to see the construction. smallest: the least
+    side of a picture.
     """
     def __init__(self, net: str = "alex", folder: str | os.PathLike | None = None, trained: bool = True):
         super().__init__()
         self.stack = FeatureStack(net, folder, trained)
+        self.smallest = self.stack.smallest
         weights = linear_weights(net) if trained else [torch.full((c,), 1 / c) for c in self.stack.channels]
         for i, w in enumerate(weights): self.register_buffer(f"weight{i}", w, persistent=False)
 
@@ -338,9 +340,11 @@ class MSSSIMDistance(nn.Module):
     """1 - MS-SSIM (Wang, Simoncelli and Bovik 2003), for training without downloaded weights.
 
     Five scales where the smaller side is above 160; below, as many as fit, with the paper's weights brought to the same
-    sum. Sides of at least 11. It is what `metrics.ms_ssim` measures wherever the scales' terms are above 1/4; below that
-    it still falls, so that a picture unlike its original has a gradient.
+    sum. Sides of at least 11, which is `smallest`. It is what `metrics.ms_ssim` measures wherever the scales' terms are above
+    1/4; below that it still falls, so that a picture unlike its original has a gradient.
     """
+    smallest = 11
+
     def __init__(self):
         super().__init__()
         taps = torch.exp(-(torch.arange(11) - 5.0).square() / 4.5)
@@ -354,7 +358,7 @@ class MSSSIMDistance(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         "Images (B, 3, H, W) in 0 ... 1, twice -> distances (B,), differentiable in both."
         side = min(x.shape[2:])
-        if x.shape != y.shape or side < 11:
+        if x.shape != y.shape or side < self.smallest:
             raise PerceptualError("MS-SSIM compares images (B, 3, H, W) of one size with sides of at least 11, not "
                                   f"{tuple(x.shape)} and {tuple(y.shape)}.")
         weights = [w for s, w in enumerate(_MS_SSIM_WEIGHTS) if side > 10 * 2 ** s]

@@ -163,11 +163,12 @@ def _streams(image: Image.Image, options: dict) -> dict[str, bytes]:
 def _save(image: Image.Image, file: BinaryIO, name: str | bytes) -> None:
     """`image.save(path or file, "HFC", **options)`.
 
-    options: quality, bpp, max_bytes, tile and thumbnail of `Codec.compress`; model, a codec or what `Codec.from_pretrained`
+    options: quality, bpp, max_bytes, tile, thumbnail and refine of `Codec.compress`; model, a codec or what `Codec.from_pretrained`
     takes (default: `DEFAULT_MODEL`); icc_profile (default: the image's own; None leaves it out), exif and xmp, to go into the file.
     """
     options = image.encoderinfo
-    given = {key: options[key] for key in ("quality", "bpp", "max_bytes", "tile", "thumbnail") if options.get(key) is not None}
+    names = "quality", "bpp", "max_bytes", "tile", "thumbnail", "refine"
+    given = {key: options[key] for key in names if options.get(key) is not None}
     streams = _streams(image, options)
     if options.get("icc_profile", b"") is None and "icc_profile" in image.info:
         image = image.copy()
