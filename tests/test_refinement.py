@@ -13,7 +13,7 @@ import hific_nb.codec as codec_room
 import hific_nb.pillow  # noqa: F401
 import hific_nb.refinement as refinement
 from hific_nb.bulk import MANIFEST, BulkError, BulkSettings, run_bulk
-from hific_nb.cli import main
+from hific_nb.cli import main, run_job
 from hific_nb.codec import Codec, CodecError
 from hific_nb.config import HificError, ModelConfig
 from hific_nb.data import find_images, read_image, sample_photo
@@ -192,7 +192,15 @@ def test_folders_the_command_line_pillow_and_an_evaluation(tmp_path, codec, weig
     assert {p: sizes[label, p] for c, p in sizes if c == label} == {f"{k}.png": len(v) for k, v in expected.items()}
 
 
-def test_what_cannot_be_refined(tmp_path):
+def test_the_job_refines(tmp_path, codec, weights):
+    picture((96, 64)).save(tmp_path / "a.png")
+    run = tmp_path / "run"
+    assert run_job("compress", run, dict(input=str(tmp_path / "a.png"), quality="low", refine=3, device="cpu"))
+    assert (run / "a.hfc").stat().st_size <= len(codec.compress(tmp_path / "a.png", quality="low"))
+    assert (run / "a.hfc").read_bytes() != codec.compress(tmp_path / "a.png", quality="low")
+
+
+def test_what_cannot_be_refined():
     with pytest.raises(EvaluationError, match="our own models"): find_contenders(["jpeg+refine3"])
     with pytest.raises(BulkError, match="originals"): BulkSettings(action="decompress", refine=3)
     with pytest.raises(BulkError, match="whole number"): BulkSettings(refine=-1)
