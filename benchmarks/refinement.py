@@ -8,6 +8,7 @@ flattery. By `hific_nb.evaluation`, so it may be killed and started again. Print
 
 import argparse
 import json
+import platform
 import sys
 from datetime import date
 from pathlib import Path
@@ -38,6 +39,7 @@ def main():
         print("  ".join(f"{key} {value:.4f}" if isinstance(value, float) else str(value) for key, value in row.items()))
     if args.results:
         about = dict(model=args.model, steps=args.steps, photos=result.summary()[0]["photos"], torch=torch.__version__,
+                     processor=platform.processor() or platform.machine(), instructions=torch.backends.cpu.get_cpu_capability(),
                      threads=torch.get_num_threads(), date=str(date.today()))
         args.results.write_text(json.dumps(about | dict(rows=rows), indent=1) + "\n")
 

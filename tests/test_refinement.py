@@ -95,10 +95,10 @@ def test_on_a_photo_what_nobody_descended_is_nearer_as_well(codec, weights, shar
 def test_a_large_picture_goes_piece_by_piece_with_its_alpha_and_tiles(codec, monkeypatch):
     image = picture((208, 160)).convert("RGBA")
     image.putalpha(Image.linear_gradient("L").resize(image.size))
-    monkeypatch.setattr(codec_room, "PIECE", 60)
+    monkeypatch.setattr(codec_room, "REFINING", 2 ** 24 // 60)
     monkeypatch.setattr(codec_room, "AROUND", 2)
     told = []
-    after = by_mse(codec, image, steps=4, tile=64, progress=lambda *k: told.append(k))
+    after = by_mse(codec, image, steps=4, tile=64, memory=2 ** 24, progress=lambda *k: told.append(k))
     assert told == [(k + 1, len(told)) for k in range(len(told))] and len(told) >= 4 * 4
     before, (data, first) = plain(codec, image), (codec.encode(latents, 64) for latents in (after, plain(codec, image)))
     decoded = codec.decompress(data)
