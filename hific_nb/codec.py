@@ -652,6 +652,8 @@ class Codec:
         return Latents(analysis.width, analysis.height, symbols, z[0].to(torch.int32).cpu().numpy(), indexes, y_hat, analysis.alpha,
                        level, analysis.streams)
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def refine(self, image, analysis: Analysis, level: int | None = None, steps: int = 40, *, perceptual: str = "lpips",
                weights: str | None = None, tile: int | None = None, memory: int | str | None = None,
                progress: Callable[[int, int], None] | None = None) -> Latents:

@@ -21,7 +21,7 @@ from .perceptual import build_perceptual
 def soft_round(r: Tensor, temperature: float) -> Tensor:
     """Numbers of any shape -> between the two whole numbers about each: nearly `r` at 0.5 and above, round(r) toward 0.
 
-    Differentiable. The expected value of stochastic Gumbel annealing (Yang et al. 2020, section 3.3). temperature: above 0.
+    Differentiable. The expected value of stochastic Gumbel annealing (Yang et al. 2020). temperature: above 0.
     """
     below = r.detach().floor()
     d = (r - below).clamp(1e-4, 1 - 1e-4)  # artanh(0) and artanh(1) would have no gradient, or an infinite one
@@ -46,7 +46,7 @@ def _within(first: Tensor, found: Tensor, bits: Callable[[Tensor], Tensor], limi
 
 
 def descend(start: Tensor, bits: Callable[[Tensor], Tensor], distance: Callable[[Tensor, int], Tensor], weight: float,
-             steps: int, progress: Callable[[], None]) -> Tensor:
+            steps: int, progress: Callable[[], None]) -> Tensor:
     """Symbols that are no more bits than round(start), and no further by `distance`.
 
     start: latents minus their means, (1, C, h, w). bits: symbols -> bits of each. distance: symbols, k -> a scalar, seen in

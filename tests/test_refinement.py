@@ -144,6 +144,12 @@ def test_a_generator_that_is_trained_on_is_not_touched(codec):
     assert not any(p.requires_grad for p in codec.model.parameters())
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_where_gradients_are_off(codec, no_lpips, mode):
+    expected = codec.compress(picture((64, 64)), refine=4)
+    with mode(): assert codec.compress(picture((64, 64)), refine=4) == expected
+
+
 @pytest.mark.parametrize("steps", [True, -1, 2.5, "many"])
 def test_wrong_steps_are_named(codec, steps):
     with pytest.raises(CodecError, match="whole number"): codec.compress(picture((32, 32)), refine=steps)
