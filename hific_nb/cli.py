@@ -554,7 +554,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("explore", explore_command, "Bitrate against quality, or the inside of the codec, as a page in the browser.")
     sub.add_argument("input", type=Path, nargs="?", help="a photo; default: one that scikit-image carries, others can be uploaded")
     sub.add_argument("--model", help="its name, folder or Hub id; default: hific-lite, on what_the_gan_adds hific-lite-gan")
-    sub.add_argument("--base", help="of what_the_gan_adds: the model of stage 1 (default: hific-lite-base)")
+    sub.add_argument("--base", help="of what_the_gan_adds: the model of stage 1 (default: the one that the GAN's folder names)")
     sub.add_argument("--page", default="bitrate_vs_quality",
                      help="bitrate_vs_quality (the default), inside_the_codec or what_the_gan_adds")
     sub.add_argument("--port", type=_positive, help="of the page's address (default: one that is free)")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GAIN_UNIT', 'ModelError', 'RateGains', 'Model', 'rate_distortion_loss', 'Coding', 'model_fingerprint', 'save_model',
-           'load_model']
+           'load_model', 'store_difference']
 
 # %% ../nbs/11_model.ipynb #c270f051
 import copy
@@ -258,6 +258,18 @@ def _read_tensors(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str,
                          ) from error
 
 
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    "The weights of a model folder; those that it leaves to the folder of another model beside it are read there."
+    weights, about = _read_tensors(folder, "weights.safetensors")
+    if (base := about.get("base")) is None: return weights
+    beside = Path(os.path.abspath(folder)).parent/base
+    if Path(base).name != base or not (beside/"weights.safetensors").is_file():
+        raise ModelError(f"{folder} holds only the weights that differ from {base!r}: put the folder of that model beside it.")
+    rest, about = _read_tensors(beside, "weights.safetensors")
+    if "base" in about: raise ModelError(f"{beside} is itself a part of a model, and cannot lend its weights to {folder}.")
+    return rest | weights
+
+
 def _read_config(folder: Path) -> ModelConfig:
     try: text = (folder/"config.json").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -330,7 +342,7 @@ def load_model(folder: str | os.PathLike) -> Model:
     """
     folder = Path(folder)
     config = _read_config(folder)
-    weights, _ = _read_tensors(folder, "weights.safetensors")
+    weights = _read_weights(folder)
     tables, about = _read_tensors(folder, "tables.safetensors")
     try: drawing = _drawing(config)
     except Exception as error:
@@ -359,3 +371,20 @@ def load_model(folder: str | os.PathLike) -> Model:
 
 def _one_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".") + "."
+
+# %% ../nbs/11_model.ipynb #0a6c93f5
+def store_difference(folder: str | os.PathLike, base: str | os.PathLike) -> Path:
+    """Keep in a model folder only the weights that differ from those in `base`, a folder beside it; `load_model` joins them.
+
+    The model and its fingerprint stay. Raises `ModelError` for folders that do not lie side by side, for models of another drawing,
+    and where no weight is the same.
+    """
+    folder, base = Path(os.path.abspath(folder)), Path(os.path.abspath(base))
+    if folder.parent != base.parent or folder == base: raise ModelError(f"{base} must lie beside {folder}.")
+    weights, (rest, about) = _read_weights(folder), _read_tensors(base, "weights.safetensors")
+    def bits(t): return t.dtype, t.shape, t.reshape(-1).view(torch.uint8).numpy().tobytes()
+    own = {name: t for name, t in weights.items() if name not in rest or bits(t) != bits(rest[name])}
+    if "base" in about or rest.keys() != weights.keys() or len(own) == len(weights):
+        raise ModelError(f"{base} has nothing to lend to {folder}: the two must be models of one drawing with weights in common.")
+    write_atomic(folder/"weights.safetensors", to_safetensors(own, metadata={"base": base.name}))
+    return folder

@@ -30,12 +30,12 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from .codec import hardware_bfloat16
-from .config import HificError, ModelConfig, Objective, TrainConfig, write_atomic
+from .config import ConfigError, HificError, ModelConfig, Objective, TrainConfig, write_atomic
 from .data import ImageError, image_to_tensor, open_dataset, read_image, split_alpha, tensor_to_image
 from .gan import Discriminator, adversarial_loss, discriminator_loss, gan_losses
 from .model import Coding, Model, load_model, rate_distortion_loss, save_model
 from .perceptual import FeatureBias, TextureDistance, build_perceptual
-from .transforms import DOWNSAMPLING
+from .transforms import DOWNSAMPLING, LightEncoder, LightGenerator, deepen
 from .zoo import import_published, model_folder, model_info, save_pretrained, write_card
 
 # %% ../nbs/14_training.ipynb #f9ca5c84
@@ -158,14 +158,24 @@ def inherited_objective(source: str | os.PathLike) -> dict[str, float]:
 def warm_start_from(model: torch.nn.Module, source: torch.nn.Module) -> dict[str, list[str]]:
     """Copy every tensor of `source` that `model` has under the same name in the same shape.
 
-    Returns the names: `loaded`, `not_loaded` (in `model`, and left as they were) and `left_over` (in `source` alone, or of
-    another shape). Raises `TrainingError` where nothing fits.
+    A light encoder or generator with more blocks than that of `source` is one that has grown: it begins with the same function,
+    see `deepen`. Returns the names: `loaded`, `not_loaded` (in `model`, and not from `source`) and `left_over` (in `source`
+    alone, or of another shape). Raises `TrainingError` where nothing fits.
     """
     own, given = model.state_dict(), source.state_dict()
     fits = {name: t for name, t in given.items() if name in own and own[name].shape == t.shape}
     if not fits: raise TrainingError("Nothing of the warm start fits the model to be trained: give a model of the same drawing.")
     model.load_state_dict(fits, strict=False)
-    return dict(loaded=sorted(fits), not_loaded=sorted(own.keys() - fits), left_over=sorted(given.keys() - fits))
+    loaded, used = set(fits), set(fits)
+    for part, net in model.named_children():
+        other = getattr(source, part, None)
+        if not isinstance(net, (LightEncoder, LightGenerator)) or type(other) is not type(net): continue
+        try: new = deepen(net, other)
+        except ConfigError: continue  # not grown, but drawn otherwise
+        loaded |= {f"{part}.{name}" for name in net.state_dict()}
+        loaded -= {f"{part}.{name}" for name in new}
+        used |= {f"{part}.{name}" for name in other.state_dict()}
+    return dict(loaded=sorted(loaded), not_loaded=sorted(own.keys() - loaded), left_over=sorted(given.keys() - used))
 
 # %% ../nbs/14_training.ipynb #1874bcaf
 class Team:

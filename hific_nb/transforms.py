@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DOWNSAMPLING', 'Reflect', 'ChannelNorm', 'HificEncoder', 'winograd_conv3x3', 'HificGenerator', 'LightEncoder',
-           'LightGenerator', 'reach', 'register_transform', 'build_transforms']
+           'LightGenerator', 'deepen', 'reach', 'register_transform', 'build_transforms']
 
 # %% ../nbs/02_transforms.ipynb #6c4753d8
 import math
@@ -310,6 +310,32 @@ class LightGenerator(nn.Module):
         return y
 
     def forward(self, y: Tensor) -> Tensor: return self.layers(y) + 0.5
+
+# %% ../nbs/02_transforms.ipynb #7800a06b
+def deepen(net: LightEncoder | LightGenerator, source: LightEncoder | LightGenerator) -> set[str]:
+    """Give `net` the function of `source`, which has the same widths and as many blocks or fewer at each resolution.
+
+    Blocks that only `net` has come behind those of `source` and begin as the identity. Returns the names of their parameters.
+    Raises `ConfigError` where source has other widths or more blocks.
+    """
+    def places(layers):  # (convolutions so far, blocks behind the last of them) -> position
+        found, conv, block = {}, 0, 0
+        for i, layer in enumerate(layers):
+            conv, block = (conv, block + 1) if isinstance(layer, _Bottleneck) else (conv + 1, 0)
+            found[conv, block] = i
+        return found
+
+    here, there, state = places(net.layers), places(source.layers), {}
+    if not here.keys() >= there.keys(): raise ConfigError("A net grows by blocks: it must have as many at every resolution.")
+    for place, i in here.items():
+        layer = net.layers[i]
+        given = (source.layers[there[place]] if place in there else layer).state_dict()
+        if place not in there: given |= {name: torch.zeros_like(t) for name, t in given.items() if name.startswith("expand.")}
+        state |= {f"layers.{i}.{name}": t for name, t in given.items()}
+    try: net.load_state_dict(state)
+    except RuntimeError as error: raise ConfigError("A net grows by blocks; its widths stay.") from error
+    new = {i for place, i in here.items() if place not in there}
+    return {name for name in state if int(name.split(".")[1]) in new}
 
 # %% ../nbs/02_transforms.ipynb #1069ccac
 _POINTWISE = nn.ReLU, ChannelNorm, Reflect, _Shift, nn.Identity

@@ -46,7 +46,7 @@ from .model import GAIN_UNIT, Model
 from .perceptual import LPIPS, find_weights
 from .rans import STATE_LOW, CorruptStreamError, RansDecoder, coding_tables
 from .transforms import DOWNSAMPLING
-from .zoo import find_model, load_pretrained
+from .zoo import find_model, load_pretrained, model_info
 
 # %% ../nbs/17_widgets.ipynb #c0243099
 class WidgetError(HificError, ValueError):
@@ -2698,11 +2698,12 @@ class GeneratorPair:
     """Two models that differ in their generators alone: each paints from the same latents, and so do blends of their weights.
 
     base, gan: what `zoo.load_pretrained` takes, or models; the generator of `gan` was trained on from that of `base`, all else
-    left alone. options: device and dtype as in `Codec`. codec: that of `base`, which writes the files; gan: the other, which reads
-    them. names, fingerprints: of both. same: whether there is nothing to blend. Raises `CodecError` where more than encoder and
-    generator differs.
+    left alone. Without a base, the one that the folder of `gan` names, or hific-lite-base. options: device and dtype as in `Codec`.
+    codec: that of `base`, which writes the files; gan: the other, which reads them. names, fingerprints: of both. same:
+    whether there is nothing to blend. Raises `CodecError` where more than encoder and generator differs.
     """
-    def __init__(self, base="hific-lite-base", gan="hific-lite-gan", **options):
+    def __init__(self, base=None, gan="hific-lite-gan", **options):
+        if base is None: base = (None if isinstance(gan, Model) else model_info(gan).base) or "hific-lite-base"
         self.names = tuple("a model" if isinstance(m, Model) else find_model(m)[1] for m in (base, gan))
         models = [m if isinstance(m, Model) else load_pretrained(m) for m in (base, gan)]
         self.codec, self.gan = (Codec(m, name=name, **options) for m, name in zip(models, self.names))

@@ -76,7 +76,8 @@ class ModelInfo:
     fingerprint: 16 hex digits, as files name their model. figures: `bpp`, `psnr` (dB), `ms_ssim` and what else was measured, means
     over `photos` photos of `dataset`, from real files; {} where nothing was. levels: number of rate levels, 0 for a model of one
     rate. regimes: the level of each named regime, where the model has levels and they are known. objective: fields of the
-    `Objective` it was trained with, {} where that is not known.
+    `Objective` it was trained with, {} where that is not known. base: the model beside it that it shares weights and latents with,
+    where its folder holds the difference alone (`store_difference`); weight_bytes are then those of the difference.
     """
     name: str
     folder: Path
@@ -89,6 +90,7 @@ class ModelInfo:
     levels: int = 0
     regimes: dict[str, int] = field(default_factory=dict)
     objective: dict = field(default_factory=dict)
+    base: str | None = None
 
     @property
     def points(self) -> list[dict]:
@@ -108,7 +110,8 @@ class ModelInfo:
         rate = f"{self.levels} rate levels" if self.levels else "one rate"
         if self.levels and self.rates: rate += f", {self.rates[0]:.3f} ... {self.rates[1]:.3f} bpp"
         if self.regimes: rate += f" ({', '.join(f'{name} is level {level}' for name, level in self.regimes.items())})"
-        lines = [f"{self.name}{also}: {self.parameters / 1e6:.1f} M parameters, {self.weight_bytes / 1e6:.1f} MB, {rate}"]
+        size = f"{self.weight_bytes / 1e6:.1f} MB" + (f" beside {self.base}" if self.base else "")
+        lines = [f"{self.name}{also}: {self.parameters / 1e6:.1f} M parameters, {size}, {rate}"]
         if self.description: lines.append(self.description)
         if self.points:
             f = self.figures
@@ -136,9 +139,11 @@ def _stated_in_tables(folder: Path) -> str:
     with safe_open(folder/"tables.safetensors", framework="np") as f: return (f.metadata() or {}).get("fingerprint", "")
 
 
-def _count_weights(folder: Path) -> int:
+def _look_at_weights(folder: Path) -> tuple[int, str | None]:
+    "How many numbers the file holds, and the model that lends the rest, from its header alone."
     with safe_open(folder/"weights.safetensors", framework="np") as f:
-        return sum(int(np.prod(f.get_slice(key).get_shape())) for key in f.keys())
+        count = sum(int(np.prod(f.get_slice(key).get_shape())) for key in f.keys())
+        return count, (f.metadata() or {}).get("base")
 
 
 def _first_line(error: Exception) -> str: return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
@@ -150,11 +155,12 @@ def _info(folder: Path, name: str) -> ModelInfo:
     try:
         config = ModelConfig.from_json((folder/"config.json").read_text(encoding="utf-8"))
         size = (folder/"weights.safetensors").stat().st_size
+        count, base = _look_at_weights(folder)
         return ModelInfo(name, folder, card.get("description", ""), card.get("fingerprint") or _stated_in_tables(folder),
-                         card.get("parameters") or _count_weights(folder), size,
+                         card.get("parameters") or count, size,
                          tuple(a for a, shipped in ALIASES.items() if MODELS_FOLDER/shipped == folder),
                          card.get("figures", {}), config.rate_levels, dict(zip(REGIMES, config.regime_levels)),
-                         card.get("objective", {}))
+                         card.get("objective", {}), base)
     except Exception as error:  # whatever the parsers trip over
         raise ModelError(f"{folder} is no model folder, or is damaged ({_first_line(error)}): get it again.") from error
 

@@ -210,6 +210,7 @@ def test_the_guides_two_commands(tmp_path):
 
 WRONG = dict(model_type=["compresion", 1], n_steps=[1.5, 0, -1, "many"], batch_size=[0, 2.5, "many"], seed=[-1, 0.5, "x"],
              preset=["hifi", "warm_start"], latent_channels=[0, 2.5, "x"], hyperprior_channels=[0, "x"], n_residual_blocks=[-1],
+             encoder_blocks=["1,x", "1,-2,3,3"], generator_blocks=["1;2", "1,2,3,-4"],
              use_channel_norm=["false", 2], noise_channels=[-1, "x"], mixture_components=[0, "x"],
              normalize_input_image=["true", 2],
              rate_levels=[-1, 1.5], regime=["hihg", 1], target_bpp=[-0.1, "x", [1]], k_M=[-1, "x"], k_P=[-1, "x"],
