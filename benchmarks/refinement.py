@@ -1,4 +1,4 @@
-"""What some steps of refinement (room 21) gain over plain files of the same model, on a folder of photos, from real files.
+"""What some steps of refinement (room 12) gain over plain files of the same model, on a folder of photos, from real files.
 
     python benchmarks/refinement.py --photos ../shared/data/kodak [--model hific-lite] [--steps 40] [--qualities 19 45 68]
 

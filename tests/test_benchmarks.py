@@ -15,12 +15,15 @@ from hific_nb.perceptual import LPIPS
 from hific_nb.training import Team, Trainer
 
 
-@pytest.fixture(scope="module")
-def training():
-    spec = importlib.util.spec_from_file_location("benchmark_training", ROOT / "benchmarks" / "training.py")
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def training(): return load("training")
 
 
 def test_the_plain_recipe_is_the_published_one(training, shared):
@@ -68,3 +71,25 @@ def test_the_comparison_runs_and_is_written(training, tmp_path, capsys):
     assert all(side["flops"] > 1e7 and side["memory"] > 1e7 and side["seconds"] > 0 for side in result["sides"].values())
     assert result["sides"]["plain"]["times_plain"] == 1 and {"encoder", "generator, backward", "Adam"} <= result["split"].keys()
     assert "of a large matrix product's" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["Soap", "Muon"])
+def test_matrix_optimizers_do_not_care_for_the_axes(name):
+    "A problem turned in both of its sides takes the turned path; Adam, which scales each weight by itself, does not."
+    def paths(make):
+        torch.manual_seed(0)
+        left, right, aim = torch.randn(12, 12).double(), torch.randn(12, 12).double(), torch.randn(12, 12).double()
+        turns = [torch.linalg.qr(torch.randn(12, 12).double())[0] for _ in range(2)]
+        ends = []
+        for u, v in ([torch.eye(12).double()] * 2, turns):
+            weight = torch.nn.Parameter(u @ torch.eye(12).double() @ v)
+            optimizer, start = make([weight], lr=0.01), weight.detach().clone()
+            for _ in range(25):
+                loss = (left @ (u.T @ weight @ v.T) @ right - aim).square().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            ends.append(u.T @ (weight.detach() - start) @ v.T)
+        return (ends[0] - ends[1]).norm() / ends[0].norm()
+    assert paths(torch.optim.Adam) > 0.5, paths(torch.optim.Adam)
+    assert paths(getattr(load("optimizers"), name)) < 0.15
