@@ -10,8 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output, writes
+from PIL import Image
+
+from hific_nb.data import sample_photo
 
 ROOT = Path(__file__).resolve().parent.parent
 spec = importlib.util.spec_from_file_location("notebooks", ROOT / "scripts" / "notebooks.py")
@@ -433,6 +437,31 @@ def test_readme_is_made_from_the_index(tree):
     assert "6 * 7" in text and "    42" in text
     for absent in ("draw()", "progress bar", "secret", "hidden", "#|", "```python\n```"):
         assert absent not in text
+
+
+def as_png(image):
+    with io.BytesIO() as file:
+        image.save(file, "PNG")
+        return file.getvalue()
+
+
+def test_saved_pictures_are_kept_small():
+    """A plot stays what it is with a palette, a photo becomes a JPEG near it, and what has a hole stays as it is."""
+    ramp = np.linspace(0, 1, 300)
+    plot = np.full((200, 300, 3), 255, np.uint8)
+    plot[np.clip((100 + 80 * np.sin(9 * ramp)).astype(int), 0, 199), np.arange(300)] = (31, 119, 180)
+    mime, data = notebooks.smaller(as_png(Image.fromarray(plot).convert("RGBA")))
+    assert mime == "image/png" and len(data) < len(as_png(Image.fromarray(plot)))
+    with Image.open(io.BytesIO(data)) as kept: assert np.array_equal(np.asarray(kept.convert("RGB")), plot)
+
+    photo = sample_photo("coffee").crop((100, 100, 400, 300))
+    mime, data = notebooks.smaller(as_png(photo))
+    assert mime == "image/jpeg" and len(data) < len(as_png(photo)) / 5
+    with Image.open(io.BytesIO(data)) as kept: assert np.abs(np.asarray(kept, int) - np.asarray(photo, int)).mean() < 6
+
+    hole = photo.convert("RGBA")
+    hole.putalpha(128)
+    assert notebooks.smaller(as_png(hole)) == ("image/png", as_png(hole))
 
 
 def test_missing_index(tree):

@@ -299,14 +299,14 @@ def test_shipped_pair_has_its_figures():
 
 @shipped
 def test_shipped_pair_adds_texture():
-    pair = GeneratorPair("hific-lite-base", SHIPPED)
+    pair = GeneratorPair(gan=SHIPPED)
     assert not pair.same
     for name in ("coffee", "chelsea"):
         image = sample_photo(name).crop((40, 40, 340, 260))
         blends = PictureBlends(pair, image)
         level = pair.codec.level_of("low")
         data = blends.data(level)
-        assert np.array_equal(Codec.from_pretrained(SHIPPED).read_files_of("hific-lite-base").decompress(data),
+        assert np.array_equal(Codec.from_pretrained(SHIPPED).read_files_of(pair.names[0]).decompress(data),
                               blends.picture(1, level=level))
         stage1, last = (blends.measure(share, level=level, lpips=False) for share in (0, 1))
         assert last["patches"] < stage1["patches"] and abs(last["psnr"] - stage1["psnr"]) < 3
