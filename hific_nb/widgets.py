@@ -540,7 +540,7 @@ def _with_still(bundle, still: Image.Image | None, text: str):
     "A widget's output with a picture beside it, a JPEG, which is shown where widgets are not."
     data, metadata = bundle if isinstance(bundle, tuple) else (bundle or {}, {})
     buffer = io.BytesIO()
-    if still is not None: still.save(buffer, "JPEG", quality=90, subsampling=0)
+    if still is not None: still.save(buffer, "JPEG", quality=80)
     more = {"image/jpeg": base64.b64encode(buffer.getvalue()).decode()} if still is not None else {}
     return data | more | {"text/plain": text}, metadata
 

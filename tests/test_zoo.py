@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -93,7 +94,18 @@ def test_the_card_is_true(info):
 @pytest.mark.parametrize("info", MODELS, ids=lambda m: m.name)
 def test_weights_are_half_precision_and_small(info):
     assert info.weight_bytes < 16e6
-    assert info.weight_bytes == pytest.approx(2 * info.parameters, rel=0.01)
+    own = sum(p.numel() for name, p in load_model(info.folder).named_parameters() if not info.base or name.startswith("Generator."))
+    assert info.weight_bytes == pytest.approx(2 * own, rel=0.01)
+
+
+def test_a_model_that_leaves_weights_to_its_base_can_be_saved_and_sent_as_a_whole(tmp_path):
+    gan = next(m for m in MODELS if m.base)
+    assert gan.base in {m.name for m in MODELS} and f"beside {gan.base}" in str(gan)
+    folder = save_pretrained(load_pretrained(gan.name), tmp_path / "whole")
+    whole = model_info(folder)
+    assert whole.base is None and whole.fingerprint == gan.fingerprint and load_pretrained(folder)
+    shutil.copytree(gan.folder, tmp_path / "part")
+    with pytest.raises(ModelError, match="put the folder of that model beside it"): load_model(tmp_path / "part")
 
 
 def test_the_card_of_a_model_with_levels(tmp_path):
@@ -207,6 +219,7 @@ def gan(monkeypatch, tmp_path):
         save_pretrained(model, shipped / name, description="as if", figures=dict(bpp=0.3, dists=0.1))
     monkeypatch.setattr(zoo, "MODELS_FOLDER", shipped)
     monkeypatch.setitem(zoo.ALIASES, "hific-lite", "hific-lite-v1")
+    monkeypatch.setitem(zoo.ALIASES, "hific-lite-base", "hific-lite-base-v1")
 
 
 def test_two_generators_for_the_same_latents(gan, tmp_path, capsys):
