@@ -258,16 +258,16 @@ def _read_tensors(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str,
                          ) from error
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    "The weights of a model folder; those that it leaves to the folder of another model beside it are read there."
-    weights, about = _read_tensors(folder, "weights.safetensors")
-    if (base := about.get("base")) is None: return weights
+def _read_joined(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    "The same, with the tensors that the file leaves to the folder of another model beside it."
+    tensors, about = _read_tensors(folder, name)
+    if (base := about.get("base")) is None: return tensors, about
     beside = Path(os.path.abspath(folder)).parent/base
-    if Path(base).name != base or not (beside/"weights.safetensors").is_file():
-        raise ModelError(f"{folder} holds only the weights that differ from {base!r}: put the folder of that model beside it.")
-    rest, about = _read_tensors(beside, "weights.safetensors")
-    if "base" in about: raise ModelError(f"{beside} is itself a part of a model, and cannot lend its weights to {folder}.")
-    return rest | weights
+    if Path(base).name != base or not (beside/name).is_file():
+        raise ModelError(f"{folder} holds only what differs from {base!r}: put the folder of that model beside it.")
+    rest, lender = _read_tensors(beside, name)
+    if "base" in lender: raise ModelError(f"{beside} is itself a part of a model, and cannot lend anything to {folder}.")
+    return rest | tensors, about
 
 
 def _read_config(folder: Path) -> ModelConfig:
@@ -342,8 +342,8 @@ def load_model(folder: str | os.PathLike) -> Model:
     """
     folder = Path(folder)
     config = _read_config(folder)
-    weights = _read_weights(folder)
-    tables, about = _read_tensors(folder, "tables.safetensors")
+    weights, _ = _read_joined(folder, "weights.safetensors")
+    tables, about = _read_joined(folder, "tables.safetensors")
     try: drawing = _drawing(config)
     except Exception as error:
         raise ModelError(f"The model that {folder/'config.json'} describes cannot be built. {_one_line(error)}"
@@ -374,17 +374,20 @@ def _one_line(error: Exception) -> str:
 
 # %% ../nbs/11_model.ipynb #0a6c93f5
 def store_difference(folder: str | os.PathLike, base: str | os.PathLike) -> Path:
-    """Keep in a model folder only the weights that differ from those in `base`, a folder beside it; `load_model` joins them.
+    """Keep in a model folder only the weights and tables that differ from those of `base` beside it; `load_model` joins them.
 
     The model and its fingerprint stay. Raises `ModelError` for folders that do not lie side by side, for models of another drawing,
     and where no weight is the same.
     """
     folder, base = Path(os.path.abspath(folder)), Path(os.path.abspath(base))
     if folder.parent != base.parent or folder == base: raise ModelError(f"{base} must lie beside {folder}.")
-    weights, (rest, about) = _read_weights(folder), _read_tensors(base, "weights.safetensors")
     def bits(t): return t.dtype, t.shape, t.reshape(-1).view(torch.uint8).numpy().tobytes()
-    own = {name: t for name, t in weights.items() if name not in rest or bits(t) != bits(rest[name])}
-    if "base" in about or rest.keys() != weights.keys() or len(own) == len(weights):
-        raise ModelError(f"{base} has nothing to lend to {folder}: the two must be models of one drawing with weights in common.")
-    write_atomic(folder/"weights.safetensors", to_safetensors(own, metadata={"base": base.name}))
+    files = {}
+    for file in ("tables.safetensors", "weights.safetensors"):
+        (tensors, about), (rest, lender) = _read_joined(folder, file), _read_tensors(base, file)
+        own = {name: t for name, t in tensors.items() if name not in rest or bits(t) != bits(rest[name])}
+        if "base" in lender or rest.keys() != tensors.keys() or file.startswith("weights") and len(own) == len(tensors):
+            raise ModelError(f"{base} has nothing to lend to {folder}: the two must be of one drawing, with weights in common.")
+        files[file] = to_safetensors(own, metadata=about | {"base": base.name})
+    for file, data in files.items(): write_atomic(folder/file, data)
     return folder
