@@ -140,7 +140,8 @@ def test_a_killed_papermill_leaves_a_checkpoint(tmp_path, asked):
     settings = dict(dataset=photos, run=run, n_steps=100000, batch_size=1, crop_size=64, log_every=1, perceptual="none",
                     dtype="float32")
     for key, value in settings.items(): command += ["-p", key, str(value)]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # ignored in a shell's background
     log, deadline = run / "metrics.jsonl", time.monotonic() + 120
     while not (log.exists() and log.read_text().count("\n") >= 5) and time.monotonic() < deadline: time.sleep(0.1)
     process.send_signal(getattr(signal, f"SIG{asked}"))
