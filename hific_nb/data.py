@@ -885,8 +885,8 @@ class _ShardCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with _file_lock(path.with_name(f".{path.name}.lock")):
-                if path.exists(): os.utime(path)
-                else:
+                try: os.utime(path)
+                except FileNotFoundError:  # or another thread has just made room
                     part = path.with_name(f".{path.name}.part")
                     with open(part, "wb") as file:
                         if _is_http(url): _fetch(url, file, self.retries, self.backoff)

@@ -1163,6 +1163,22 @@ def test_the_cache_is_bounded(tars, tmp_path, web):
     assert torch.equal(tight.batch(2), wide.batch(2))
 
 
+def test_a_kept_shard_that_goes_while_it_is_looked_at_is_fetched_again(tars, tmp_path, web, monkeypatch):
+    shelf, address = web
+    put(shelf, tmp_path)
+    crops = ShardCrops(address + "/s{0..4}.tar", 64, 5, window=1, cache=tmp_path / "cache", memory_gb=0, **QUICK)
+    first, touch, taken = crops.batch(0), os.utime, []
+
+    def utime(path, *times):
+        if str(path).startswith(str(tmp_path / "cache")) and not taken:
+            taken.append(Path(path))
+            Path(path).unlink()  # as a thread does that makes room
+        touch(path, *times)
+    monkeypatch.setattr(os, "utime", utime)
+    again = ShardCrops(address + "/s{0..4}.tar", 64, 5, window=1, cache=tmp_path / "cache", memory_gb=0, **QUICK)
+    assert torch.equal(again.batch(0), first) and taken and taken[0].exists()
+
+
 def wait_for(condition):
     for _ in range(500):
         if condition(): return
