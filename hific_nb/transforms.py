@@ -332,8 +332,9 @@ def deepen(net: LightEncoder | LightGenerator, source: LightEncoder | LightGener
         given = (source.layers[there[place]] if place in there else layer).state_dict()
         if place not in there: given |= {name: torch.zeros_like(t) for name, t in given.items() if name.startswith("expand.")}
         state |= {f"layers.{i}.{name}": t for name, t in given.items()}
-    try: net.load_state_dict(state)
-    except RuntimeError as error: raise ConfigError("A net grows by blocks; its widths stay.") from error
+    if any(state[name].shape != t.shape for name, t in net.state_dict().items()):  # load_state_dict would load the rest
+        raise ConfigError("A net grows by blocks; its widths stay.")
+    net.load_state_dict(state)
     new = {i for place, i in here.items() if place not in there}
     return {name for name in state if int(name.split(".")[1]) in new}
 
