@@ -690,7 +690,7 @@ class Codec:
             with torch.no_grad(): predicted = [v[inside] for v in hyperprior.synthesize(window, covered)]
             mean = 0.0 if hyperprior.mixture else predicted[0]
             latents = self._scaled_latents(analysis.y, start.level, rows, columns) - mean
-            x, draw = self._refined_picture(pixels, y_hat, rows, columns)
+            x, draw = self._refined_picture(pixels, y_hat, start.level, rows, columns)
             def bits(symbols, mean=mean, predicted=predicted): return hyperprior.latent_bits(mean + symbols, predicted)
             def distance(symbols, k, mean=mean, x=x, draw=draw):
                 return view_distance(draw(self._unscaled(mean + symbols, start.level)), x, k, objective, distances, self.dtype)
@@ -701,7 +701,7 @@ class Codec:
         refined = replace(start, symbols=symbols, y_hat=y_hat)
         return refined if len(self.encode(refined, tile)) <= len(self.encode(start, tile)) else start
 
-    def _refined_picture(self, pixels: _Pixels, y_hat: Tensor, rows: Span,
+    def _refined_picture(self, pixels: _Pixels, y_hat: Tensor, level: int | None, rows: Span,
                          columns: Span) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         "Of a part of the latents: its pixels, (1, 3, H, W), and what draws them from its y_hat, among the neighbours in `y_hat`."
         seen = [(max(0, first - AROUND), min(n, last + AROUND)) for (first, last), n in zip((rows, columns), y_hat.shape[2:])]
@@ -715,7 +715,8 @@ class Codec:
         def draw(part: Tensor) -> Tensor:
             y = around.clone()
             y[inside] = part
-            return self.model.synthesis(y.to(self.dtype, memory_format=torch.channels_last))[cut].float()
+            y = self._told(y, level).to(self.dtype, memory_format=torch.channels_last)
+            return self.model.synthesis(y)[cut].float()
 
         return x, draw
 
@@ -764,8 +765,12 @@ class Codec:
         return self.index_synthesis(window, size)[inside].cpu().numpy()
 
     def _unscaled(self, y: Tensor, level: int | None) -> Tensor:
-        "Quantized latents (1, C, h, w) as the generator takes them."
+        "Quantized latents (1, C, h, w) behind the inverse gains."
         return y if level is None else y * self._gains[1][level]
+
+    def _told(self, y_hat: Tensor, level: int | None) -> Tensor:
+        "The same as the generator takes them, see `Model.told`."
+        return self.model.told(y_hat, None if level is None else torch.tensor([level], device=y_hat.device))
 
     # ---- rates
 
@@ -845,13 +850,15 @@ class Codec:
         """
         size = latents.width, latents.height
         alpha = latents.alpha if latents.alpha is None or box is None else latents.alpha.crop(_check_box(box, size))
-        return self._paint(lambda rows, columns: latents.y_hat[_slices(rows, columns)], size, box, alpha, latents.streams,
-                           self._budget(memory))
+        return self._paint(lambda rows, columns: latents.y_hat[_slices(rows, columns)], latents.level, size, box, alpha,
+                           latents.streams, self._budget(memory))
 
     @torch.inference_mode()
-    def _paint(self, y_hat: Callable[[Span, Span], Tensor], size: tuple[int, int], box: tuple[int, int, int, int] | None,
-               alpha: Image.Image | None, streams: dict[str, bytes], budget: int) -> Image.Image:
+    def _paint(self, quantized: Callable[[Span, Span], Tensor], level: int | None, size: tuple[int, int],
+               box: tuple[int, int, int, int] | None, alpha: Image.Image | None, streams: dict[str, bytes],
+               budget: int) -> Image.Image:
         "The pixels of a box, from a function that gives parts of the quantized latents (1, C, h, w)."
+        def y_hat(rows, columns): return self._told(quantized(rows, columns), level)
         left, top, right, bottom = _check_box(box, size)
         cuts, (w, h) = self._generator, (-(-n // DOWNSAMPLING) for n in size)
         if cuts is None or box is None and not self._is_large(cuts, (h, w), budget):
@@ -1115,7 +1122,7 @@ class Codec:
                     out[_slices(*area, (rows[0], columns[0]))] = y[_slices(*area, (r[0], c[0]))]
                 return out
 
-            return self._paint(y_hat, whole, box, alpha, file.streams, budget)
+            return self._paint(y_hat, file.level, whole, box, alpha, file.streams, budget)
 
     def decompress_to(self, path: str | os.PathLike, data: bytes | str | os.PathLike,
                       box: tuple[int, int, int, int] | None = None, *, memory: int | str | None = None) -> tuple[int, int]:
@@ -1174,6 +1181,9 @@ class Codec:
         return file_info(data)
 
 
+_OF_GENERATOR = dict(generator_blocks=(0, 0, 0, 0), level_offsets=False)  # fields that decide nothing about latents
+
+
 def _same_latents(a: Model, b: Model, coding_a: Coding, coding_b: Coding) -> bool:
     "Whether two models find the same quantized latents in a file: all but encoder and generator is equal (0.0 and -0.0 are)."
     def parts(model, coding):
@@ -1181,7 +1191,8 @@ def _same_latents(a: Model, b: Model, coding_a: Coding, coding_b: Coding) -> boo
         return {name: t.cpu().numpy() for name, t in own.items()} | {f"tables.{name}": a for name, a in coding.tensors().items()}
 
     first, second = parts(a, coding_a), parts(b, coding_b)
-    return a.config == b.config and first.keys() == second.keys() and all(np.array_equal(first[k], second[k]) for k in first)
+    if a.config.replace(**_OF_GENERATOR) != b.config.replace(**_OF_GENERATOR): return False
+    return first.keys() == second.keys() and all(np.array_equal(first[k], second[k]) for k in first)
 
 
 def _number(name: str, value, least: float = 1e-9, most: float = 1e18) -> float:

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ADDRESS', 'FILES', 'PerceptualError', 'Fire', 'find_weights', 'get_weights', 'FeatureStack', 'linear_weights',
-           'LPIPS', 'TextureDistance', 'FeatureBias', 'MSSSIMDistance', 'build_perceptual']
+           'LPIPS', 'TextureDistance', 'FeatureBias', 'MSSSIMDistance', 'LPIPSPair', 'build_perceptual',
+           'build_texture']
 
 # %% ../nbs/09_perceptual.ipynb #a164dc50
 import hashlib
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import PERCEPTUAL, ConfigError, HificError
+from .config import PERCEPTUAL, REALISM_FEATURES, ConfigError, HificError
 
 # %% ../nbs/09_perceptual.ipynb #0fe91fdc
 class PerceptualError(HificError, RuntimeError):
@@ -75,6 +76,7 @@ def _squeeze() -> list[nn.Module]:
 _STACKS = {"alex": (_alex, (1, 4, 7, 9, 11), (64, 192, 384, 256, 256), 31),
            "vgg": (_vgg, (3, 8, 15, 22, 29), (64, 128, 256, 512, 512), 16),
            "squeeze": (_squeeze, (1, 4, 7, 9, 10, 11, 12), (64, 128, 256, 384, 384, 512, 512), 17)}
+_COARSE = {"alex": (0, 0.5, 1, 1, 1), "squeeze": (0, 0, 0.5, 1, 1, 1, 1)}  # layers at 1/16: 1, at 1/8: 1/2, finer ones: 0
 
 # %% ../nbs/09_perceptual.ipynb #0f693e3a
 def find_weights(net: str, folder: str | os.PathLike | None = None) -> Path | None:
@@ -241,11 +243,13 @@ class TextureDistance(nn.Module):
 
     For training, beside a distance in place: means and standard deviations of every feature over windows that overlap by half
     (Qiu et al. 2024, section II), of the channel's energy in the originals of the batch, so that a distance also depends on what
-    else the batch holds. net, folder, trained: as in `FeatureStack`. window: its width in pixels; smaller ones ask for more places.
+    else the batch holds. net, folder, trained: as in `FeatureStack`; several nets are named as in "squeeze+alex". window: its
+    width in pixels; smaller ones ask for more places. channels: of all layers.
     """
     def __init__(self, net: str = "squeeze", folder: str | os.PathLike | None = None, trained: bool = True, window: int = 64):
         super().__init__()
-        self.stack, self.window = FeatureStack(net, folder, trained), window
+        self.stacks, self.window = nn.ModuleList(FeatureStack(name, folder, trained) for name in net.split("+")), window
+        self.channels = sum((stack.channels for stack in self.stacks), ())
 
     def _moments(self, features: Tensor, side: int) -> tuple[Tensor, Tensor]:
         features = features.float()
@@ -261,8 +265,10 @@ class TextureDistance(nn.Module):
         "The feature maps of pictures and of their originals, these without a gradient."
         if x.shape != y.shape:
             raise PerceptualError(f"The pictures differ in size: {tuple(x.shape)} and {tuple(y.shape)}.")
-        with torch.no_grad(): originals = self.stack(y)
-        return self.stack(x), originals
+        with torch.no_grad(): originals = self._features(y)
+        return self._features(x), originals
+
+    def _features(self, x: Tensor) -> list[Tensor]: return [maps for stack in self.stacks for maps in stack(x)]
 
     def of_maps(self, maps: list[Tensor], originals: list[Tensor], side: int) -> Tensor:
         "The same from `maps` of pictures that are `side` pixels wide."
@@ -283,12 +289,15 @@ class FeatureBias(nn.Module):
 
     For each layer: means and standard deviations over the picture, as pictures and originals differ in them, in standard deviations
     of the originals; times the running mean of that, `bias`, and the mean of these products (Mroueh et al. 2017, section 3).
-    channels: of the layers, such as `FeatureStack.channels`. bins: running means kept apart, along the rates. decay: of the running
-    means, a picture. Nothing is asked for (0) in a bin before it has seen `least` pictures.
+    channels: of the layers, such as `TextureDistance.channels`. weights: of the layers in that mean, all alike
+    without. bins: running means kept apart, along the rates. decay: of the running means, a picture. Nothing is asked for (0)
+    in a bin before it has seen `least` pictures.
     """
-    def __init__(self, channels: tuple[int, ...], bins: int = 4, decay: float = 0.99, least: int = 60):
+    def __init__(self, channels: tuple[int, ...], bins: int = 4, decay: float = 0.99, least: int = 60,
+                 weights: tuple[float, ...] | None = None):
         super().__init__()
         self.bins, self.decay, self.least = bins, decay, least
+        self.weights = (1.0,) * len(channels) if weights is None else weights
         self.register_buffer("seen", torch.zeros(bins))
         for i, c in enumerate(channels):
             self.register_buffer(f"bias{i}", torch.zeros(bins, 2 * c))
@@ -306,7 +315,8 @@ class FeatureBias(nn.Module):
         if self.training: self.seen += rows.sum(0)
         parts = []
         with torch.autocast(device.type, enabled=False):
-            for i, (a, b) in enumerate(zip(maps, originals)):
+            for i, (a, b, weight) in enumerate(zip(maps, originals, self.weights, strict=True)):
+                if not weight: continue
                 bias, mean, square = (getattr(self, f"{name}{i}") for name in ("bias", "mean", "square"))
                 floor = 1e-4 * b.float().square().mean()  # a root has no gradient at 0
                 of_a, of_b = (_pooled(f.float(), floor) for f in (a, b))
@@ -321,9 +331,9 @@ class FeatureBias(nn.Module):
                     keep = torch.minimum(1 - count / self.seen.clamp_min(1), self.decay ** count)
                     now = rows.T @ difference.detach().clamp(-2, 2) / count.clamp_min(1)[:, None]
                     bias.copy_(torch.where(count[:, None] > 0, torch.lerp(now, bias, keep[:, None]), bias))
-                parts.append((bias[bin] * difference).mean(1))
+                parts.append(weight * (bias[bin] * difference).mean(1))
         ready = self.seen[bin] > self.least
-        return torch.where(ready, torch.stack(parts, 1).mean(1), 0.0 * difference.sum())
+        return torch.where(ready, torch.stack(parts, 1).sum(1) / sum(self.weights), 0.0 * difference.sum())
 
 
 def _pooled(f: Tensor, floor: Tensor) -> Tensor:
@@ -376,10 +386,34 @@ class MSSSIMDistance(nn.Module):
             return 1 - total.exp().mean(1)
 
 # %% ../nbs/09_perceptual.ipynb #b2261881
+class LPIPSPair(nn.Module):
+    "The LPIPS of AlexNet and that of SqueezeNet, added; folder and trained as in `FeatureStack`."
+    def __init__(self, folder: str | os.PathLike | None = None, trained: bool = True):
+        super().__init__()
+        self.alex, self.squeeze = LPIPS("alex", folder, trained), LPIPS("squeeze", folder, trained)
+        self.smallest = max(self.alex.smallest, self.squeeze.smallest)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        "Images (B, 3, H, W) in 0 ... 1, twice -> distances (B,), differentiable in both."
+        return self.alex(x, y) + self.squeeze(x, y)
+
+
 def build_perceptual(name: str, folder: str | os.PathLike | None = None, net: str = "alex") -> nn.Module | None:
-    """The perceptual term of an objective, a module (x, y) -> (B,): "lpips", "ms-ssim", or None for "none".
+    """The perceptual term of an objective, a module (x, y) -> (B,): "lpips", "lpips-pair", "ms-ssim", or None for "none".
 
     Raises `ConfigError` for another name and `PerceptualError` where LPIPS has no weights.
     """
     if name not in PERCEPTUAL: raise ConfigError(f"Unknown perceptual distance {name!r}. Known: {', '.join(PERCEPTUAL)}.")
-    return {"lpips": lambda: LPIPS(net, folder), "ms-ssim": MSSSIMDistance, "none": lambda: None}[name]()
+    return {"lpips": lambda: LPIPS(net, folder), "lpips-pair": lambda: LPIPSPair(folder), "ms-ssim": MSSSIMDistance,
+            "none": lambda: None}[name]()
+
+
+def build_texture(features: str, folder: str | os.PathLike | None = None) -> tuple[TextureDistance, FeatureBias]:
+    "The terms of k_T and k_B in the features that an objective names, \"squeeze\" or \"coarse\"; errors as of `build_perceptual`."
+    if features not in REALISM_FEATURES:
+        raise ConfigError(f"Unknown realism features {features!r}. Known: {', '.join(REALISM_FEATURES)}.")
+    if features == "squeeze":
+        texture = TextureDistance("squeeze", folder)
+        return texture, FeatureBias(texture.channels)
+    texture = TextureDistance("squeeze+alex", folder)
+    return texture, FeatureBias(texture.channels, weights=_COARSE["squeeze"] + _COARSE["alex"])

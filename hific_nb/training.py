@@ -34,7 +34,7 @@ from .config import ConfigError, HificError, ModelConfig, Objective, TrainConfig
 from .data import ImageError, image_to_tensor, open_dataset, read_image, split_alpha, tensor_to_image
 from .gan import Discriminator, adversarial_loss, discriminator_loss, gan_losses
 from .model import Coding, Model, load_model, rate_distortion_loss, save_model
-from .perceptual import FeatureBias, TextureDistance, build_perceptual
+from .perceptual import build_perceptual, build_texture
 from .transforms import DOWNSAMPLING, LightEncoder, LightGenerator, deepen
 from .zoo import import_published, model_folder, model_info, save_pretrained, write_card
 
@@ -213,13 +213,14 @@ class Trainer:
     """Model, discriminator, optimizers and averaged weights of a run, and the step that moves them all.
 
     `step` counts the steps done, `skipped` those of them that changed nothing because a gradient was not finite.
-    perceptual: of `build_perceptual`. texture: a `TextureDistance`. `kept` is the model to keep: the averaged weights where there
-    are such.
+    perceptual: of `build_perceptual`. texture, bias: of `build_texture`, bias with a texture alone. `kept` is the model to
+    keep: the averaged weights where there are such.
     """
     PATIENCE = 10  # steps without a finite gradient, one after the other
 
     def __init__(self, model: Model, objective: Objective, config: TrainConfig, team: Team | None = None,
-                 perceptual: torch.nn.Module | None = None, texture: torch.nn.Module | None = None):
+                 perceptual: torch.nn.Module | None = None, texture: torch.nn.Module | None = None,
+                 bias: torch.nn.Module | None = None):
         self.team = team or Team("cpu")
         self.objective, self.config, self.device = objective, config, self.team.device
         self.dtype = training_dtype(config, self.device)
@@ -243,9 +244,8 @@ class Trainer:
             self.discriminator.to(self.device, memory_format=torch.channels_last).train()
             self.critics = list(self.discriminator.parameters())
             self.critic_optimizer = self._adam(self.critics)
-        self.perceptual, self.texture = (None if m is None else m.to(self.device, memory_format=torch.channels_last)
-                                         for m in (perceptual, texture))
-        self.bias = FeatureBias(texture.stack.channels).to(self.device) if texture is not None and objective.k_B else None
+        self.perceptual, self.texture, self.bias = (None if m is None else m.to(self.device, memory_format=torch.channels_last)
+                                                    for m in (perceptual, texture, bias))
         self.forward = torch.compile(model) if config.compile else model
         self.step = self.skipped = self._in_a_row = 0
 
@@ -372,8 +372,10 @@ def _nothing(): yield
 # %% ../nbs/14_training.ipynb #7d7a16f3
 def _distances(objective: Objective, folder: str | os.PathLike | None) -> dict:
     "The networks whose distances an objective asks for, as `Trainer` takes them, with weights from `folder`."
-    return dict(perceptual=build_perceptual(objective.perceptual if objective.k_P else "none", folder),
-                texture=TextureDistance(folder=folder) if objective.k_T or objective.k_B else None)
+    texture = bias = None
+    if objective.k_T or objective.k_B: texture, bias = build_texture(objective.realism_features, folder)
+    return dict(perceptual=build_perceptual(objective.perceptual if objective.k_P else "none", folder), texture=texture,
+                bias=bias if objective.k_B else None)
 
 
 _SLACK = 1.5  # beside what is kept for the backward pass: gradients on their way, workspaces, the next batch

@@ -326,17 +326,20 @@ def deepen(net: LightEncoder | LightGenerator, source: LightEncoder | LightGener
         return found
 
     here, there, state = places(net.layers), places(source.layers), {}
+    others = {name: t for name, t in net.state_dict().items() if not name.startswith("layers.")}  # such as level offsets
+    given = source.state_dict()
+    state |= {name: given.get(name, t) for name, t in others.items()}
     if not here.keys() >= there.keys(): raise ConfigError("A net grows by blocks: it must have as many at every resolution.")
     for place, i in here.items():
         layer = net.layers[i]
-        given = (source.layers[there[place]] if place in there else layer).state_dict()
-        if place not in there: given |= {name: torch.zeros_like(t) for name, t in given.items() if name.startswith("expand.")}
-        state |= {f"layers.{i}.{name}": t for name, t in given.items()}
+        own = (source.layers[there[place]] if place in there else layer).state_dict()
+        if place not in there: own |= {name: torch.zeros_like(t) for name, t in own.items() if name.startswith("expand.")}
+        state |= {f"layers.{i}.{name}": t for name, t in own.items()}
     if any(state[name].shape != t.shape for name, t in net.state_dict().items()):  # load_state_dict would load the rest
         raise ConfigError("A net grows by blocks; its widths stay.")
     net.load_state_dict(state)
     new = {i for place, i in here.items() if place not in there}
-    return {name for name in state if int(name.split(".")[1]) in new}
+    return {name for name in state.keys() - others.keys() if int(name.split(".")[1]) in new} | (others.keys() - given.keys())
 
 # %% ../nbs/02_transforms.ipynb #1069ccac
 _POINTWISE = nn.ReLU, ChannelNorm, Reflect, _Shift, nn.Identity

@@ -142,8 +142,9 @@ def _stated_in_tables(folder: Path) -> str:
 def _look_at_weights(folder: Path) -> tuple[int, str | None]:
     "How many numbers the file holds, and the model that lends the rest, from its header alone."
     with safe_open(folder/"weights.safetensors", framework="np") as f:
-        count = sum(int(np.prod(f.get_slice(key).get_shape())) for key in f.keys())
-        return count, (f.metadata() or {}).get("base")
+        about = f.metadata() or {}
+        shapes = {key: f.get_slice(key).get_shape() for key in f.keys()} | json.loads(about.get("packed", "{}"))
+        return sum(int(np.prod(shape)) for shape in shapes.values()), about.get("base")
 
 
 def _first_line(error: Exception) -> str: return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -17,7 +17,7 @@ from PIL import Image
 from hific_nb.codec import Codec, CodecError
 from hific_nb.data import read_image, sample_photo
 from hific_nb.metrics import frechet_distance, kernel_distance, ms_ssim, psnr
-from hific_nb.model import load_model
+from hific_nb.model import Model, load_model
 from hific_nb.widgets import GeneratorPair, PictureBlends, WidgetError, failure_cases, failure_sheet, gan_explorer, patch_distance
 from hific_nb.zoo import list_models, model_info, save_pretrained
 
@@ -90,6 +90,23 @@ def test_one_file_for_every_picture(pair, gan):
     made = blends.picture(0.3, "pixels", 8)
     assert figures["psnr"] == psnr(image, made) and figures["ms_ssim"] is None and "lpips" in figures
     assert figures["patches"] == pytest.approx(patch_distance(image, made)) and blends.known(0.31, "pixels", 8) == {}
+
+
+def test_a_generator_that_is_told_the_level_beside_one_that_is_not():
+    """Between the two, offsets are blended like weights, from zeros."""
+    base = load_model(MODEL)
+    told = Model(base.config.replace(level_offsets=True)).eval()
+    told.load_state_dict(base.state_dict(), strict=False)
+    told.coding = base.coding
+    with torch.no_grad(): told.Generator.level_offset += torch.linspace(-8, 8, told.Generator.level_offset.numel()).view(6, -1)
+    pair, half = GeneratorPair(base, told), Model(told.config).eval()
+    half.load_state_dict(told.state_dict())
+    half.coding = base.coding
+    with torch.no_grad(): half.Generator.level_offset *= 0.5
+    latents = pair.codec.encode_latents(sample_photo("coffee").resize((64, 64)), quality=40)
+    pictures = [np.asarray(pair.generate(latents, share)) for share in (0, 0.5, 1)]
+    assert not pair.same and near(pictures[1], Codec(half).generate(latents))
+    assert not near(pictures[0], pictures[1]) and not near(pictures[1], pictures[2])
 
 
 def test_pair_refuses_what_differs_in_more(gan, tmp_path):

@@ -11,14 +11,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from hific_nb import model as room
 from hific_nb.codec import Codec
-from hific_nb.config import HificError, ModelConfig
+from hific_nb.config import ConfigError, HificError, ModelConfig
+from hific_nb.data import sample_photo
 from hific_nb.entropy_models import get_density, register_density, tables_from_pmfs
-from hific_nb.model import Coding, Model, ModelError, load_model, model_fingerprint, save_model
+from hific_nb.model import (Coding, Model, ModelError, load_model, model_fingerprint, save_model, store_difference,
+                            store_packed)
 from hific_nb.transforms import LightEncoder, register_transform
+
+import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("config.json", "weights.safetensors", "tables.safetensors")
@@ -96,6 +102,91 @@ def test_a_loaded_model_goes_on_training(good):
     out = model(torch.rand(1, 3, 32, 32))
     (out["recon"].square().mean() + out["bpp_noisy"].mean()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+# ---- stored in fewer bytes
+
+
+@pytest.fixture
+def beside(tmp_path):
+    "A folder, packed, and one that differs in its generator alone and leaves the rest to it, packed as well; their names."
+    model = made(LIGHT.replace(channels=(12, 16, 24, 24), latent_channels=24))
+    save_model(model, tmp_path / "base")
+    with torch.no_grad():
+        for p in model.Generator.parameters(): p += 0.01 * torch.randn_like(p)
+    save_model(model, tmp_path / "other")
+    names = [name_of(load_model(tmp_path / name)) for name in ("base", "other")]
+    sizes = [(tmp_path / "base" / FILES[1]).stat().st_size]
+    store_difference(tmp_path / "other", tmp_path / "base")
+    sizes.append((tmp_path / "other" / FILES[1]).stat().st_size)
+    for name in ("other", "base"): store_packed(tmp_path / name)  # before what it is packed against, which must not matter
+    return tmp_path, names, sizes
+
+
+def test_packed_weights_are_the_same_and_fewer_bytes(beside):
+    folder, names, sizes = beside
+    for name, fingerprint, size in zip(("base", "other"), names, sizes):
+        path = folder / name / FILES[1]
+        packed = path.read_bytes()
+        assert name_of(load_model(folder / name)) == fingerprint and len(packed) < size
+        assert store_packed(folder / name) == folder / name and path.read_bytes() == packed
+    save_model(load_model(folder / "other"), folder / "whole")
+    assert name_of(load_model(folder / "whole")) == names[1]
+    with pytest.raises(ModelError, match="nothing to lend"): store_difference(folder / "whole", folder / "other")
+    store_difference(folder / "whole", folder / "base")  # a base that is packed
+    assert name_of(load_model(folder / "whole")) == names[1]
+
+
+@pytest.mark.parametrize("name", ["base", "other"])
+def test_packed_weights_that_were_altered(beside, name):
+    folder, names, _ = beside
+    path, fingerprint = folder / name / FILES[1], names[name == "other"]
+    good, wrong = path.read_bytes(), 0
+    for k in (*range(0, 400, 20), *range(400, len(good), len(good) // 100)):
+        path.write_bytes(good[:k] + bytes([good[k] ^ 1 << k % 8]) + good[k + 1:])
+        wrong += not loads_or_fails_well(folder / name, fingerprint)
+    assert wrong > 20
+    path.write_bytes(good)
+    with safe_open(path, "pt") as f: about, tensors = f.metadata(), {key: f.get_tensor(key) for key in f.keys()}
+    shapes, key = json.loads(about["packed"]), "Generator.layers.0.weight"
+    for change in ({key: [10 ** 6, 10 ** 6]}, {key: [1]}, {key: [-1]}, {key: "all"}, {"nobody": [1]}, None, "[1", 7):
+        text = change if isinstance(change, str) else json.dumps(shapes | change if isinstance(change, dict) else change)
+        save_file(tensors, path, about | {"packed": text})
+        with pytest.raises(ModelError, match="get the model folder again") as error: load_model(folder / name)
+        assert "\n" not in str(error.value)
+
+
+# ---- a generator that is told the level
+
+
+def test_level_offsets_reach_the_generator_alone(tmp_path):
+    """Each level's own, between anchors too; whole, in pieces, as a box and of a file of the model without them."""
+    plain = tiny.tiny_model(levels=True)
+    model = Model(plain.config.replace(level_offsets=True)).eval()
+    assert model.load_state_dict(plain.state_dict(), strict=False).missing_keys == ["Generator.level_offset"]
+    model.coding = plain.coding
+    before, same = Codec(plain, device="cpu", dtype=torch.float32), Codec(model, device="cpu", dtype=torch.float32)
+    with torch.no_grad(): model.Generator.level_offset[1] += 1
+    told = Codec(model, device="cpu", dtype=torch.float32).read_files_of(plain)
+    photo = sample_photo("coffee").resize((600, 424))
+    changed = []
+    for level in range(tiny.LEVELS):
+        data = before.encode(before.quantize(before.analyse(photo), level))
+        latents, picture = before.decode_latents(data), told.decompress(data)
+        assert np.array_equal(told.decode_latents(data).symbols, latents.symbols)
+        assert np.array_equal(np.asarray(same.generate(latents)), np.asarray(before.generate(latents)))  # zeros
+        with torch.no_grad():
+            by_model = model.synthesis(model.told(latents.y_hat, torch.tensor([level])))[..., :424, :600]
+        assert np.abs(np.asarray(picture, int) - by_model[0].permute(1, 2, 0).mul(255).round().clamp(0, 255).numpy()).max() <= 1
+        pieces, box = told.decompress(data, memory="16MiB"), (37, 50, 210, 301)
+        assert np.abs(np.asarray(pieces, int) - np.asarray(picture, int)).max() <= 1
+        assert np.abs(np.asarray(told.decompress(data, box=box), int) - np.asarray(picture.crop(box), int)).max() <= 1
+        changed.append(np.abs(np.asarray(picture, int) - np.asarray(before.generate(latents), int)).mean())
+    position = [level * 5 / (tiny.LEVELS - 1) for level in range(tiny.LEVELS)]  # six anchors
+    assert [c > 0 for c in changed] == [0 < p < 2 for p in position]
+    again = load_model(save_model(model, tmp_path / "told"))
+    assert again.config.level_offsets and torch.equal(again.Generator.level_offset, model.Generator.level_offset)
+    with pytest.raises(ConfigError, match="rate_levels"): plain.config.replace(rate_levels=0, regime_levels=(), level_offsets=True)
 
 
 # ---- fingerprints

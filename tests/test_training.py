@@ -232,7 +232,7 @@ def test_the_adversarial_loss_fades_with_the_rate(monkeypatch, level, fade):
 
 def test_the_statistics_of_features_take_part_in_training(photos, shared, tmp_path, monkeypatch):
     """They are in the loss, as its parts say; and the running means go on where a run was stopped."""
-    monkeypatch.setattr(FeatureBias.__init__, "__defaults__", (1, 0.99, 4))  # it counts from the third batch on
+    monkeypatch.setattr(FeatureBias.__init__, "__defaults__", (1, 0.99, 4, None))  # it counts from the third batch on
     model, config = TINY.replace(rate_levels=11, rate_anchors=2), SHORT.replace(n_steps=8, **CRITIC)
 
     def run(name, on_record=None, **terms):
@@ -250,6 +250,24 @@ def test_the_statistics_of_features_take_part_in_training(photos, shared, tmp_pa
     assert run("faded", k_T=5.0, realism_fade=1.0)[0]["texture"] < both[0]["texture"]
     with pytest.raises(KeyboardInterrupt): run("stopped", stop, k_T=5.0, k_B=20.0)
     assert run("stopped", k_T=5.0, k_B=20.0) == both
+
+
+def test_a_second_stage_with_two_networks_and_a_level_that_is_told(photos, shared, tmp_path, monkeypatch):
+    """The generator of a warm start without offsets begins as it was; of the bias, the finest layers have no part."""
+    monkeypatch.setattr(FeatureBias.__init__, "__defaults__", (1, 0.99, 4, None))
+    model, config = TINY.replace(rate_levels=11, rate_anchors=2), SHORT.replace(n_steps=6, train_encoder=False, **CRITIC)
+    first = train(tmp_path / "first", photos, model, OBJECTIVE, SHORT.replace(n_steps=2))
+    objective = OBJECTIVE.replace(perceptual="lpips-pair", k_P=2.0, k_T=5.0, k_B=20.0, realism_features="coarse")
+    run = tmp_path / "second"
+    second = train(run, photos, model.replace(level_offsets=True), objective, config, warm_start=first,
+                   lpips_weights=shared / "weights")
+    before, after = load_model(first), load_model(second)
+    report = json.loads((run / "run.json").read_text())["warm_start_report"]
+    assert report["not_loaded"] == ["Generator.level_offset"] and report["left_over"] == []
+    assert after.Generator.level_offset.abs().min() > 0 and torch.equal(weights_of(before.Hyperprior), weights_of(after.Hyperprior))
+    assert records(run)[-1]["bias"] > 0 and records(run)[0]["perceptual"] > records(tmp_path / "first")[0].get("perceptual", 0)
+    state = torch.load(sorted((run / "checkpoints").iterdir())[-1], weights_only=True)["bias"]
+    assert not state["bias0"].any() and not state["bias7"].any() and state["bias2"].any() and state["bias11"].any()
 
 
 def test_steps_that_are_no_numbers_are_skipped_then_stop_the_run(photos, tmp_path, monkeypatch):
