@@ -250,8 +250,11 @@ class Trainer:
         self.step = self.skipped = self._in_a_row = 0
 
     def _adam(self, weights) -> torch.optim.Optimizer:
-        return torch.optim.Adam(weights, lr=self.config.learning_rate, betas=(self.config.adam_beta1, 0.999),
-                                fused=self.device.type in ("cpu", "cuda"))
+        offset = getattr(getattr(self.model, "Generator", None), "level_offset", None)  # latents are larger than weights
+        groups = [dict(params=[p for p in weights if p is not offset], speed=1.0),
+                  dict(params=[p for p in weights if p is offset], speed=16.0)]
+        return torch.optim.Adam([g for g in groups if g["params"]], lr=self.config.learning_rate,
+                                betas=(self.config.adam_beta1, 0.999), fused=self.device.type in ("cpu", "cuda"))
 
     @property
     def kept(self) -> Model: return self.averaged.module if self.averaged else self.model
@@ -333,7 +336,7 @@ class Trainer:
         rates = [(self.optimizer, rate)]
         if self.discriminator is not None: rates.append((self.critic_optimizer, rate * self.config.discriminator_rate))
         for optimizer, rate in rates:
-            for group in optimizer.param_groups: group["lr"] = rate
+            for group in optimizer.param_groups: group["lr"] = rate * group.get("speed", 1.0)  # none in checkpoints of old
             optimizer.step()
         if self.averaged is not None: self.averaged.update_parameters(self.model)
 

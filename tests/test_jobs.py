@@ -214,7 +214,7 @@ WRONG = dict(model_type=["compresion", 1], n_steps=[1.5, 0, -1, "many"], batch_s
              encoder_blocks=["1,x", "1,-2,3,3"], generator_blocks=["1;2", "1,2,3,-4"],
              use_channel_norm=["false", 2], noise_channels=[-1, "x"], mixture_components=[0, "x"],
              normalize_input_image=["true", 2],
-             rate_levels=[-1, 1.5], regime=["hihg", 1], target_bpp=[-0.1, "x", [1]], k_M=[-1, "x"], k_P=[-1, "x"],
+             rate_levels=[-1, 1.5], level_offsets=["false", 2, True], realism_features=["fine", 0], regime=["hihg", 1], target_bpp=[-0.1, "x", [1]], k_M=[-1, "x"], k_P=[-1, "x"],
              perceptual=["lpip", 0], k_T=[-1, "x"], k_B=[-1, "x"], lpips_weights=["no/such/folder", 3], beta=[-1, "x"],
              realism_fade=[-0.1, "x"], gan_loss=["wasserstain", 0],
              lambda_lowest_rate=[-1, "x"], lambda_highest_rate=[-1, "x"], level_balance=[-1, "x"], rate_warmup=[-1, "x", [1]],
