@@ -1181,9 +1181,6 @@ class Codec:
         return file_info(data)
 
 
-_OF_GENERATOR = dict(generator_blocks=(0, 0, 0, 0), level_offsets=False)  # fields that decide nothing about latents
-
-
 def _same_latents(a: Model, b: Model, coding_a: Coding, coding_b: Coding) -> bool:
     "Whether two models find the same quantized latents in a file: all but encoder and generator is equal (0.0 and -0.0 are)."
     def parts(model, coding):
@@ -1191,7 +1188,7 @@ def _same_latents(a: Model, b: Model, coding_a: Coding, coding_b: Coding) -> boo
         return {name: t.cpu().numpy() for name, t in own.items()} | {f"tables.{name}": a for name, a in coding.tensors().items()}
 
     first, second = parts(a, coding_a), parts(b, coding_b)
-    if a.config.replace(**_OF_GENERATOR) != b.config.replace(**_OF_GENERATOR): return False
+    if a.config.replace(level_offsets=False) != b.config.replace(level_offsets=False): return False  # the generator's alone
     return first.keys() == second.keys() and all(np.array_equal(first[k], second[k]) for k in first)
 
 

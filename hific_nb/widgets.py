@@ -2709,10 +2709,11 @@ class GeneratorPair:
         self.codec, self.gan = (Codec(m, name=name, **options) for m, name in zip(models, self.names))
         self.gan.read_files_of(models[0])  # refuses what does not fit
         self.fingerprints = self.codec.fingerprint, self.gan.fingerprint
-        first, last = ({name: t.detach().cpu() for name, t in m.Generator.state_dict().items()} for m in models)
-        first = {name: first.get(name, torch.zeros_like(t)) for name, t in last.items()}  # level offsets begin as zeros
-        self._ends, self.same = (first, last), all(torch.equal(t, last[name]) for name, t in first.items())
-        self._between, self._share, self._lock = Codec(models[1], **options), 1.0, threading.Lock()
+        most = max(models, key=lambda m: m.config.level_offsets)  # to one without, zeros are the same
+        zeros = {name: torch.zeros_like(t, device="cpu") for name, t in most.Generator.state_dict().items()}
+        self._ends = [zeros | {name: t.detach().cpu() for name, t in m.Generator.state_dict().items()} for m in models]
+        self.same = all(torch.equal(t, self._ends[1][name]) for name, t in self._ends[0].items())
+        self._between, self._share, self._lock = Codec(most, **options), None, threading.Lock()
 
     def generate(self, latents: Latents, share: float = 1.0) -> Image.Image:
         "What the weights (1 - share) base + share gan make of latents; 0 and 1 are the two generators themselves."

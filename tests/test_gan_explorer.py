@@ -99,14 +99,17 @@ def test_a_generator_that_is_told_the_level_beside_one_that_is_not():
     told.load_state_dict(base.state_dict(), strict=False)
     told.coding = base.coding
     with torch.no_grad(): told.Generator.level_offset += torch.linspace(-8, 8, told.Generator.level_offset.numel()).view(6, -1)
-    pair, half = GeneratorPair(base, told), Model(told.config).eval()
+    half = Model(told.config).eval()
     half.load_state_dict(told.state_dict())
     half.coding = base.coding
     with torch.no_grad(): half.Generator.level_offset *= 0.5
-    latents = pair.codec.encode_latents(sample_photo("coffee").resize((64, 64)), quality=40)
-    pictures = [np.asarray(pair.generate(latents, share)) for share in (0, 0.5, 1)]
-    assert not pair.same and near(pictures[1], Codec(half).generate(latents))
-    assert not near(pictures[0], pictures[1]) and not near(pictures[1], pictures[2])
+    latents = Codec(base).encode_latents(sample_photo("coffee").resize((64, 64)), quality=40)
+    ends = [Codec(model).generate(latents) for model in (base, told)]
+    for pair, (first, last) in ((GeneratorPair(base, told), ends), (GeneratorPair(told, base), ends[::-1])):
+        pictures = [np.asarray(pair.generate(latents, share)) for share in (0, 0.5, 1)]
+        assert not pair.same and near(pictures[0], first) and near(pictures[2], last)
+        assert near(pictures[1], Codec(half).generate(latents))
+        assert not near(pictures[0], pictures[1]) and not near(pictures[1], pictures[2])
 
 
 def test_pair_refuses_what_differs_in_more(gan, tmp_path):

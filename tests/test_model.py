@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hific_nb import model as room
@@ -23,6 +23,7 @@ from hific_nb.entropy_models import get_density, register_density, tables_from_p
 from hific_nb.model import (Coding, Model, ModelError, load_model, model_fingerprint, save_model, store_difference,
                             store_packed)
 from hific_nb.transforms import LightEncoder, register_transform
+from hific_nb.zoo import model_info
 
 import tiny
 
@@ -130,11 +131,25 @@ def test_packed_weights_are_the_same_and_fewer_bytes(beside):
         packed = path.read_bytes()
         assert name_of(load_model(folder / name)) == fingerprint and len(packed) < size
         assert store_packed(folder / name) == folder / name and path.read_bytes() == packed
+    assert model_info(folder / "base").parameters == sum(t.numel() for t in load_model(folder / "base").state_dict().values())
     save_model(load_model(folder / "other"), folder / "whole")
     assert name_of(load_model(folder / "whole")) == names[1]
     with pytest.raises(ModelError, match="nothing to lend"): store_difference(folder / "whole", folder / "other")
     store_difference(folder / "whole", folder / "base")  # a base that is packed
     assert name_of(load_model(folder / "whole")) == names[1]
+
+
+def test_packed_weights_beside_a_base_of_another_type(tmp_path):
+    """No difference is taken from float32, neither when they are packed nor when they are read."""
+    model = made()
+    save_model(model, tmp_path / "rough")
+    save_model(load_model(tmp_path / "rough"), tmp_path / "base", torch.float32)
+    tensors = load_file(tmp_path / "base" / FILES[1])
+    name, key = name_of(load_model(tmp_path / "rough")), "Encoder.layers.0.weight"
+    part = {k: t.half() for k, t in tensors.items() if k == key}
+    save_file(part, tmp_path / "rough" / FILES[1], {"base": "base"})
+    assert name_of(load_model(store_packed(tmp_path / "rough"))) == name
+    with safe_open(tmp_path / "rough" / FILES[1], "pt") as f: assert key in json.loads(f.metadata()["packed"])
 
 
 @pytest.mark.parametrize("name", ["base", "other"])
