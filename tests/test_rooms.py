@@ -1,6 +1,6 @@
-"""Every room runs from top to bottom, and its exercises are real: this is the one run of the rooms in `make test`.
+"""Every notebook runs from top to bottom, and exercises are real: this is the one run of the notebooks in `make test`.
 
-Each notebook runs in a kernel of its own, like a reader's. After its cells every exercise is tried: the check must fail
+Jobs apart, which have tests of their own. Each notebook runs in a kernel of its own, like a reader's. After its cells every exercise is tried: the check must fail
 on the stub, and pass on the solution. Kernels run side by side, one a core (HIFIC_WORKERS sets another number).
 """
 
@@ -18,6 +18,7 @@ notebooks = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(notebooks)
 
 ROOMS = [ROOT / path for path in notebooks.rooms(ROOT)]
+OTHERS = [ROOT / "nbs" / "index.ipynb", *sorted((ROOT / "nbs" / "explore").glob("*.ipynb"))]
 # An exercise whose check fails for one of these reasons is broken, not unsolved.
 BROKEN = {"SyntaxError", "IndentationError", "NameError", "ImportError", "ModuleNotFoundError"}
 
@@ -50,7 +51,7 @@ def run_room(path, root=ROOT):
 
 @pytest.fixture(scope="session")
 def running(request):
-    """Path -> the future of its run, for the rooms this session selected."""
+    """Path -> the future of its run, for the notebooks this session selected."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     wanted = [item.callspec.params["room"] for item in request.session.items
@@ -60,7 +61,7 @@ def running(request):
     pool.shutdown(cancel_futures=True)
 
 
-@pytest.mark.parametrize("room", ROOMS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("room", ROOMS + OTHERS, ids=lambda path: path.stem)
 def test_room(room, running):
     try:
         running[room].result()
@@ -70,3 +71,4 @@ def test_room(room, running):
 
 def test_rooms_are_found():
     assert len(ROOMS) == len(list((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))) > 0
+    assert len(OTHERS) > 1
