@@ -1,7 +1,8 @@
 """Every notebook runs from top to bottom, and exercises are real: this is the one run of the notebooks in `make test`.
 
-Jobs apart, which have tests of their own. Each notebook runs in a kernel of its own, like a reader's. After its cells every exercise is tried: the check must fail
-on the stub, and pass on the solution. Kernels run side by side, one a core (HIFIC_WORKERS sets another number).
+Jobs apart, which have tests of their own. Each notebook runs in a kernel of its own, like a reader's. After its cells every
+exercise is tried: the check must fail on the stub, and pass on the solution. Kernels run side by side, one a core
+(HIFIC_WORKERS sets another number).
 """
 
 import importlib.util
