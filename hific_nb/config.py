@@ -353,7 +353,7 @@ def model_preset(name: str) -> ModelConfig:
 
 # %% ../nbs/00_config.ipynb #edf7bda1
 PERCEPTUAL = ("lpips", "lpips-pair", "ms-ssim", "none")
-REALISM_FEATURES = ("squeeze", "coarse")
+REALISM_FEATURES = ("squeeze", "coarse", "whole")
 REGIMES = {"low": (0.14, 2.0), "med": (0.30, 1.0), "high": (0.45, 0.5)}  # target bpp, lambda_A
 
 
@@ -378,8 +378,9 @@ class Objective(_Record):
         features (Qiu et al. 2024, `perceptual.TextureDistance`). k_B: of their mean difference over many pictures (Mroueh et al.
         2017, `perceptual.FeatureBias`). beta: of the adversarial loss `gan_loss`, "non_saturating", "least_squares" or one
         registered by `gan`.
-    realism_features: of k_T and k_B: "squeeze", those of SqueezeNet, all layers alike; or "coarse", AlexNet's as well, and for
-        k_B the layers at 1/16 and, by half, at 1/8 alone.
+    realism_features: of k_T and k_B: "squeeze", those of SqueezeNet, all layers alike; "coarse", AlexNet's as well, and for
+        k_B the layers at 1/16 and, by half, at 1/8 alone; or "whole", where these layers' means over the whole crop take part in
+        k_T, and their spread from picture to picture in k_B.
     rate_warmup: share of the steps in which the target is `warmup_target` times and lambda `warmup_lambda` times as large.
     lambda_lowest_rate, lambda_highest_rate: lambda at the first and the last level of a model with rate levels, which is
         trained without the switch.

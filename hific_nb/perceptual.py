@@ -244,10 +244,14 @@ class TextureDistance(nn.Module):
     For training, beside a distance in place: means and standard deviations of every feature over windows that overlap by half
     (Qiu et al. 2024, section II), of the channel's energy in the originals of the batch, so that a distance also depends on what
     else the batch holds. net, folder, trained: as in `FeatureStack`; several nets are named as in "squeeze+alex". window: its
-    width in pixels; smaller ones ask for more places. channels: of all layers.
+    width in pixels; smaller ones ask for more places. channels: of all layers. whole: weights of the layers whose means over
+    the whole picture are compared as well, in units of how much these vary within the batch (so 1 where a picture tells
+    nothing of its original).
     """
-    def __init__(self, net: str = "squeeze", folder: str | os.PathLike | None = None, trained: bool = True, window: int = 64):
+    def __init__(self, net: str = "squeeze", folder: str | os.PathLike | None = None, trained: bool = True, window: int = 64,
+                 whole: tuple[float, ...] | None = None):
         super().__init__()
+        self.whole = whole
         self.stacks, self.window = nn.ModuleList(FeatureStack(name, folder, trained) for name in net.split("+")), window
         self.channels = sum((stack.channels for stack in self.stacks), ())
 
@@ -281,7 +285,18 @@ class TextureDistance(nn.Module):
                 floor = 1e-3 * energy  # a root has no gradient at 0
                 d = (mean - mean_y).square() + ((variance + floor).sqrt() - (variance_y + floor).sqrt()).square()
                 parts.append((d / energy).mean((1, 2, 3)))
-        return torch.stack(parts, 1).mean(1)
+        distance = torch.stack(parts, 1).mean(1)
+        return distance if self.whole is None else distance + self._of_whole(maps, originals)
+
+    def _of_whole(self, maps: list[Tensor], originals: list[Tensor]) -> Tensor:
+        parts = []
+        for a, b, weight in zip(maps, originals, self.whole, strict=True):
+            if not weight: continue
+            with torch.autocast(a.device.type, enabled=False):
+                a, b = (f.float().mean((2, 3)) for f in (a, b))  # (B, C)
+                varies = b.var(0, correction=0).mean() + 0.01 * b.square().mean()  # a batch of one varies not at all
+                parts.append(weight * (a - b).square().mean(1) / varies)
+        return torch.stack(parts, 1).sum(1)
 
 # %% ../nbs/09_perceptual.ipynb #c2aa5088
 class FeatureBias(nn.Module):
@@ -290,17 +305,18 @@ class FeatureBias(nn.Module):
     For each layer: means and standard deviations over the picture, as pictures and originals differ in them, in standard deviations
     of the originals; times the running mean of that, `bias`, and the mean of these products (Mroueh et al. 2017, section 3).
     channels: of the layers, such as `TextureDistance.channels`. weights: of the layers in that mean, all alike
-    without. bins: running means kept apart, along the rates. decay: of the running means, a picture. Nothing is asked for (0)
-    in a bin before it has seen `least` pictures.
+    without. spread: also for the squares of what a picture is off the running mean of the originals, so that pictures get to
+    differ from each other as much as originals do. bins: running means kept apart, along the rates. decay: of the running
+    means, a picture. Nothing is asked for (0) in a bin before it has seen `least` pictures.
     """
     def __init__(self, channels: tuple[int, ...], bins: int = 4, decay: float = 0.99, least: int = 60,
-                 weights: tuple[float, ...] | None = None):
+                 weights: tuple[float, ...] | None = None, spread: bool = False):
         super().__init__()
-        self.bins, self.decay, self.least = bins, decay, least
+        self.bins, self.decay, self.least, self.spread = bins, decay, least, spread
         self.weights = (1.0,) * len(channels) if weights is None else weights
         self.register_buffer("seen", torch.zeros(bins))
         for i, c in enumerate(channels):
-            self.register_buffer(f"bias{i}", torch.zeros(bins, 2 * c))
+            self.register_buffer(f"bias{i}", torch.zeros(bins, (4 if spread else 2) * c))
             for name in ("mean", "square"): self.register_buffer(f"{name}{i}", torch.zeros(2 * c))
 
     def forward(self, maps: list[Tensor], originals: list[Tensor], rate: Tensor | None = None) -> Tensor:
@@ -325,7 +341,11 @@ class FeatureBias(nn.Module):
                     mean.lerp_(of_b.mean(0), 1 - keep)
                     square.lerp_(of_b.square().mean(0), 1 - keep)
                 variance = (square - mean.square()).clamp_min(0)
-                difference = (of_a - of_b) / (variance + 0.05 * variance.mean() + 1e-12).sqrt()
+                scale = (variance + 0.05 * variance.mean() + 1e-12).sqrt()
+                difference = (of_a - of_b) / scale
+                if self.spread:
+                    off_a, off_b = (((of - mean) / scale).clamp(-3, 3).square() for of in (of_a, of_b))
+                    difference = torch.cat((difference, off_a - off_b), 1)
                 if self.training:
                     count = rows.sum(0)
                     keep = torch.minimum(1 - count / self.seen.clamp_min(1), self.decay ** count)
@@ -409,11 +429,12 @@ def build_perceptual(name: str, folder: str | os.PathLike | None = None, net: st
 
 
 def build_texture(features: str, folder: str | os.PathLike | None = None) -> tuple[TextureDistance, FeatureBias]:
-    "The terms of k_T and k_B in the features that an objective names, \"squeeze\" or \"coarse\"; errors as of `build_perceptual`."
+    "The terms of k_T and k_B by the `realism_features` of an objective (`config.Objective`); errors as of `build_perceptual`."
     if features not in REALISM_FEATURES:
         raise ConfigError(f"Unknown realism features {features!r}. Known: {', '.join(REALISM_FEATURES)}.")
     if features == "squeeze":
         texture = TextureDistance("squeeze", folder)
         return texture, FeatureBias(texture.channels)
-    texture = TextureDistance("squeeze+alex", folder)
-    return texture, FeatureBias(texture.channels, weights=_COARSE["squeeze"] + _COARSE["alex"])
+    weights, whole = _COARSE["squeeze"] + _COARSE["alex"], features == "whole"
+    texture = TextureDistance("squeeze+alex", folder, whole=tuple(1.6 * w / sum(weights) for w in weights) if whole else None)
+    return texture, FeatureBias(texture.channels, weights=weights, spread=whole)

@@ -232,7 +232,7 @@ def test_the_adversarial_loss_fades_with_the_rate(monkeypatch, level, fade):
 
 def test_the_statistics_of_features_take_part_in_training(photos, shared, tmp_path, monkeypatch):
     """They are in the loss, as its parts say; and the running means go on where a run was stopped."""
-    monkeypatch.setattr(FeatureBias.__init__, "__defaults__", (1, 0.99, 4, None))  # it counts from the third batch on
+    monkeypatch.setattr(FeatureBias.__init__, "__defaults__", (1, 0.99, 4, None, False))  # it counts from the third batch on
     model, config = TINY.replace(rate_levels=11, rate_anchors=2), SHORT.replace(n_steps=8, **CRITIC)
 
     def run(name, on_record=None, **terms):
@@ -254,10 +254,10 @@ def test_the_statistics_of_features_take_part_in_training(photos, shared, tmp_pa
 
 def test_a_second_stage_with_two_networks_and_a_level_that_is_told(photos, shared, tmp_path, monkeypatch):
     """The generator of a warm start without offsets begins as it was; of the bias, the finest layers have no part."""
-    monkeypatch.setattr(FeatureBias.__init__, "__defaults__", (1, 0.99, 4, None))
+    monkeypatch.setattr(FeatureBias.__init__, "__defaults__", (1, 0.99, 4, None, False))
     model, config = TINY.replace(rate_levels=11, rate_anchors=2), SHORT.replace(n_steps=6, train_encoder=False, **CRITIC)
     first = train(tmp_path / "first", photos, model, OBJECTIVE, SHORT.replace(n_steps=2))
-    objective = OBJECTIVE.replace(perceptual="lpips-pair", k_P=2.0, k_T=5.0, k_B=20.0, realism_features="coarse")
+    objective = OBJECTIVE.replace(perceptual="lpips-pair", k_P=2.0, k_T=5.0, k_B=20.0, realism_features="whole")
     run = tmp_path / "second"
     second = train(run, photos, model.replace(level_offsets=True), objective, config, warm_start=first,
                    lpips_weights=shared / "weights")
@@ -272,6 +272,10 @@ def test_a_second_stage_with_two_networks_and_a_level_that_is_told(photos, share
     assert records(run)[-1]["bias"] > 0 and records(run)[0]["perceptual"] > 1.1 * records(tmp_path / "one")[0]["perceptual"] > 0
     state = torch.load(sorted((run / "checkpoints").iterdir())[-1], weights_only=True)["bias"]
     assert not state["bias0"].any() and not state["bias7"].any() and state["bias2"].any() and state["bias11"].any()
+    rows = run.parent / "coarse"
+    train(rows, photos, model.replace(level_offsets=True), objective.replace(realism_features="coarse"), config.replace(n_steps=1),
+          warm_start=first, lpips_weights=shared / "weights")
+    assert records(run)[0]["texture"] > 1.1 * records(rows)[0]["texture"] > 0  # crops as a whole take part
 
 
 def test_steps_that_are_no_numbers_are_skipped_then_stop_the_run(photos, tmp_path, monkeypatch):
