@@ -21,6 +21,7 @@ from hific_nb.codec import Codec
 from hific_nb.config import write_atomic
 from hific_nb.evaluation import evaluate
 from hific_nb.metrics import bpp
+from hific_nb.training import _keep_pages
 
 
 def check(result, codec):
@@ -80,6 +81,7 @@ def main():
     parser.add_argument("--card", type=Path)
     parser.add_argument("--description")
     args = parser.parse_args()
+    _keep_pages()
     codec = Codec.from_pretrained(args.model, device=args.device)
     print(codec)
     result = evaluate(args.photos, {"model": codec}, args.out, qualities={"model": args.qualities} if args.qualities else None,

@@ -1,7 +1,7 @@
 """Distortion against perception: stage 1, GAN, and the blends between them, from one file a photo and level.
 
     python benchmarks/realism.py --photos ../shared/data/train ../shared/data/kodak --held-back ../shared/data/train \
-        --weights ../shared/weights --card hific_nb/models/hific-lite-gan-v1
+        --weights ../shared/weights --card hific_nb/models/hific-lite-gan-v2
 
 Each photo is encoded once a level and decoded by both generators, by networks between their weights (room 17,
 `GeneratorPair`), and as blends of the two pictures. Of each: PSNR, LPIPS (AlexNet) and `patch_distance` as means over photos, and

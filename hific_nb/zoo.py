@@ -61,7 +61,7 @@ WITHDRAWN = {model.name: model for model in (
 )}
 MODELS_FOLDER = Path(str(files("hific_nb"))).resolve()/"models"
 ALIASES = {"hific-lite": "hific-lite-base-v2", "hific-lite-base": "hific-lite-base-v2",  # without a version: the newest
-           "hific-lite-gan": "hific-lite-gan-v1"}
+           "hific-lite-gan": "hific-lite-gan-v2"}
 
 # %% ../nbs/12_zoo.ipynb #c4523758
 _UNITS = dict(bpp="{:.3f} bpp", psnr="{:.2f} dB PSNR", ms_ssim="{:.4f} MS-SSIM", lpips_alex="{:.4f} LPIPS (Alex)",

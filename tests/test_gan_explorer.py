@@ -23,7 +23,7 @@ from hific_nb.zoo import list_models, model_info, save_pretrained
 
 NOTEBOOK = ROOT / "nbs" / "explore" / "what_the_gan_adds.ipynb"
 MODEL = ROOT / "tests" / "golden" / "levels"  # 9 levels; its pictures are noise, its files and figures real
-SHIPPED = "hific-lite-gan-v1"
+SHIPPED = "hific-lite-gan-v2"
 
 
 @pytest.fixture(scope="module", autouse=True)
