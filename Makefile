@@ -34,7 +34,7 @@ explore: $(VENV)/.ready-notebooks
 # All parts run even if an earlier one fails, and pytest, whose closing line sums up, comes last. It runs the notebooks too,
 # each once, the rooms with their exercises (tests/test_rooms.py).
 test: $(VENV)/.ready-dev
-	@status=0; \
+	@status=0; checks=; \
 	$(CHECKS) \
 	[ $$status = 0 ] || checks="the checks before pytest found faults, above"; \
 	$(BIN)/python -m pytest || status=1; \

@@ -289,6 +289,7 @@ class TextureDistance(nn.Module):
         return distance if self.whole is None else distance + self._of_whole(maps, originals)
 
     def _of_whole(self, maps: list[Tensor], originals: list[Tensor]) -> Tensor:
+        "Squared differences of means over the whole picture, by `whole`: (B,)."
         parts = []
         for a, b, weight in zip(maps, originals, self.whole, strict=True):
             if not weight: continue
