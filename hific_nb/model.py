@@ -274,17 +274,32 @@ def _ordered(bits: np.ndarray) -> np.ndarray:
     return bits ^ ((bits >> 15) & 0x7FFF)
 
 
-def _packed(t: Tensor, near: Tensor | None) -> Tensor:
-    "A float16 tensor, as its difference from `near` or from zeros, in fewer bytes: the upper of each number, the lower, deflated."
-    d = _ordered(t.numpy().reshape(-1).view(np.int16))
-    if near is not None: d = d - _ordered(near.numpy().reshape(-1).view(np.int16))  # it may wrap around, and wraps back
+def _at(near: Tensor, steps: np.ndarray, step: float) -> Tensor:
+    "The float16 tensor that lies whole numbers of steps away from `near`: in float64, so that all machines round it alike."
+    return torch.from_numpy((near.numpy().astype(np.float64) + steps.reshape(near.shape) * step).astype(np.float16))
+
+
+def _steps(t: Tensor, near: Tensor, step: float) -> np.ndarray:
+    "How many steps from `near` a tensor is, rounded: int16, flat."
+    return np.rint((t.double() - near.double()).numpy().reshape(-1) / step).clip(-2 ** 15, 2 ** 15 - 1).astype(np.int16)
+
+
+def _packed(t: Tensor, near: Tensor | None, step: float | None = None) -> Tensor:
+    """A float16 tensor, as its difference from `near` or from zeros, in fewer bytes: the upper of each number, the lower, deflated.
+
+    The numbers count the float16 values in between, or with a `step`, of a tensor that `_at` made, these.
+    """
+    if step: d = _steps(t, near, step)
+    else:
+        d = _ordered(t.numpy().reshape(-1).view(np.int16))
+        if near is not None: d = d - _ordered(near.numpy().reshape(-1).view(np.int16))  # it may wrap around, and wraps back
     z = ((d << 1) ^ (d >> 15)).view(np.uint16)  # small differences of either sign become small numbers
-    deflate = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
+    deflate = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_RLE)
     data = deflate.compress(np.concatenate([z >> 8, z & 0xFF]).astype(np.uint8)) + deflate.flush()
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
-def _unpacked(data: Tensor, shape: list[int], near: Tensor | None) -> Tensor:
+def _unpacked(data: Tensor, shape: list[int], near: Tensor | None, step: float | None = None) -> Tensor:
     "The inverse of `_packed`; ValueError where that is not what `data` holds."
     count, inflate = math.prod(shape), zlib.decompressobj(-15)
     try: planes = inflate.decompress(data.numpy(), 2 * count + 1)  # no more memory than the model takes
@@ -293,6 +308,7 @@ def _unpacked(data: Tensor, shape: list[int], near: Tensor | None) -> Tensor:
     high, low = np.frombuffer(planes, np.uint8).astype(np.uint16).reshape(2, count)
     z = (high << 8) | low
     d = (z >> 1).view(np.int16) ^ -(z & 1).view(np.int16)
+    if step: return _at(near, d, step)
     if near is not None: d = d + _ordered(near.numpy().reshape(-1).view(np.int16))
     return torch.from_numpy(_ordered(d).view(np.float16)).reshape(shape)
 
@@ -307,23 +323,25 @@ def _unpack(folder: Path, name: str, tensors: dict[str, Tensor], about: dict[str
             near: dict[str, Tensor]) -> dict[str, Tensor]:
     "The tensors of a file, those that `store_packed` packed as they were."
     try:
-        shapes = json.loads(about.get("packed", "{}"))
-        return tensors | {key: _unpacked(tensors[key], shape, _beside(near, key, shape)) for key, shape in shapes.items()}
+        shapes, steps = (json.loads(about.get(key, "{}")) for key in ("packed", "steps"))
+        return tensors | {key: _unpacked(tensors[key], shape, _beside(near, key, shape), steps.get(key))
+                          for key, shape in shapes.items()}
     except Exception as error:  # a header or a tensor that was altered
         raise ModelError(f"{folder/name} is damaged ({_one_line(error)[:-1]}): get the model folder again.") from error
 
 
-def _read_joined(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    "The same, unpacked, with the tensors that the file leaves to the folder of another model beside it."
+def _read_joined(folder: Path, name: str, asking: tuple[str, ...] = ()) -> tuple[dict[str, Tensor], dict[str, str]]:
+    "The same, unpacked, with what the file leaves to another model's folder beside it. asking: folders that wait for this one."
     tensors, about = _read_tensors(folder, name)
-    if (base := about.get("base")) is None: return _unpack(folder, name, tensors, about, {}), about
-    beside = Path(os.path.abspath(folder)).parent/base
-    if Path(base).name != base or not (beside/name).is_file():
-        raise ModelError(f"{folder} holds only what differs from {base!r}: put the folder of that model beside it.")
-    rest, lender = _read_tensors(beside, name)
-    if "base" in lender: raise ModelError(f"{beside} is itself a part of a model, and cannot lend anything to {folder}.")
-    rest = _unpack(beside, name, rest, lender, {})
-    return rest | _unpack(folder, name, tensors, about, rest), about
+    if (other := about.get("base") or about.get("near")) is None: return _unpack(folder, name, tensors, about, {}), about
+    folder = Path(os.path.abspath(folder))
+    beside, asking = folder.parent/other, (*asking, folder.name)
+    if Path(other).name != other or not (beside/name).is_file():
+        raise ModelError(f"{folder} holds only what differs from {other!r}: put the folder of that model beside it.")
+    if other in asking: raise ModelError(f"{folder} and {beside} hold only what differs from each other: get both again.")
+    rest, _ = _read_joined(beside, name, asking)
+    own = _unpack(folder, name, tensors, about, rest)
+    return rest | own if "base" in about else own, about
 
 
 def _read_config(folder: Path) -> ModelConfig:
@@ -444,26 +462,53 @@ def store_difference(folder: str | os.PathLike, base: str | os.PathLike) -> Path
         own = {name: t for name, t in tensors.items() if name not in rest or bits(t) != bits(rest[name])}
         if "base" in lender or not rest.keys() <= tensors.keys() or file.startswith("weights") and len(own) == len(tensors):
             raise ModelError(f"{base} has nothing to lend to {folder}: the two must be of one drawing, with weights in common.")
-        about.pop("packed", None)
+        for key in ("packed", "near", "steps"): about.pop(key, None)
         files[file] = to_safetensors(own, metadata=about | {"base": base.name})
     for file, data in files.items(): write_atomic(folder/file, data)
     return folder
 
 
-def store_packed(folder: str | os.PathLike) -> Path:
-    """Store the float16 weights of a model folder in fewer bytes, to the bit; `load_model` unpacks them.
+def store_packed(folder: str | os.PathLike, near: str | os.PathLike | None = None, step: float = 0.0) -> Path:
+    """Store the float16 weights of a model folder in fewer bytes; `load_model` unpacks them.
 
-    About a seventh less for the shipped models of stage 1, three tenths for the GAN, where `store_difference` left the generator
-    alone: what is packed there is how far each weight went from where it began. The model and its fingerprint stay. A folder
-    that is packed stays as it is.
+    What is packed is how far each weight is from that of `near`, a model folder beside it; without, of the model that
+    `store_difference` left the rest to; else the weights themselves, which saves a seventh. The model and its fingerprint stay.
+    Not so with a `step` above 0: then the differences are rounded to its multiples, in units of their root mean square in each
+    tensor, tables are made anew, and it is another model, whose card should be written after. A folder that is packed stays as it
+    is unless `near` is given. Raises `ModelError` for folders that do not lie side by side, a folder that `store_difference`
+    made, or a step without `near`.
     """
-    folder, file = Path(folder), "weights.safetensors"
+    given, folder, file, steps = Path(folder), Path(os.path.abspath(folder)), "weights.safetensors", {}
     (tensors, about), rest = _read_tensors(folder, file), {}
-    if "packed" in about: return folder
-    if "base" in about: rest = _read_joined(Path(os.path.abspath(folder)).parent/about["base"], file)[0]
+    if near is None:
+        if step: raise ModelError("A step rounds differences: say from which model, by `near`.")
+        if "packed" in about: return given
+        if "base" in about: rest = _read_joined(folder.parent/about["base"], file)[0]
+    else:
+        near = Path(os.path.abspath(near))
+        if near.parent != folder.parent or near == folder: raise ModelError(f"{near} must lie beside {folder}.")
+        if "base" in about: raise ModelError(f"{folder} leaves weights to {about['base']!r} already.")
+        rest, _ = _read_joined(near, file, (folder.name,))
+        if step: steps = _round(folder, rest, step)
+        tensors, about = _read_joined(folder, file)
+        about = {key: text for key, text in about.items() if key not in ("packed", "steps")} | {"near": near.name}
     halves = {name: t for name, t in tensors.items() if t.dtype == torch.float16}
-    packed = {name: _packed(t, _beside(rest, name, t.shape)) for name, t in halves.items()}
-    shapes = json.dumps({name: list(t.shape) for name, t in halves.items()})
-    write_atomic(folder/file, to_safetensors(tensors | packed, metadata=about | {"packed": shapes}))
-    return folder
+    packed = {name: _packed(t, _beside(rest, name, t.shape), steps.get(name)) for name, t in halves.items()}
+    about["packed"] = json.dumps({name: list(t.shape) for name, t in halves.items()})
+    if steps: about["steps"] = json.dumps(steps)
+    write_atomic(folder/file, to_safetensors(tensors | packed, metadata=about))
+    return given
+
+
+def _round(folder: Path, near: dict[str, Tensor], step: float) -> dict[str, float]:
+    "Move the weights of a model folder to whole numbers of steps from those of another; returns the step of each tensor."
+    if not 0 < step <= 1: raise ModelError(f"A step is a number in 0 ... 1, not {step!r}.")
+    model, steps = load_model(folder), {}
+    for name, t in model.state_dict().items():
+        beside = _beside(near, name, t.shape)
+        if beside is None or not (size := step * (t.double() - beside.double()).square().mean().sqrt().item()): continue
+        t.copy_(_at(beside, _steps(t, beside, size), size))
+        steps[name] = size
+    save_model(model, folder)
+    return steps
 

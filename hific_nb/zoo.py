@@ -77,7 +77,8 @@ class ModelInfo:
     over `photos` photos of `dataset`, from real files; {} where nothing was. levels: number of rate levels, 0 for a model of one
     rate. regimes: the level of each named regime, where the model has levels and they are known. objective: fields of the
     `Objective` it was trained with, {} where that is not known. base: the model beside it that it shares weights and latents with,
-    where its folder holds the difference alone (`store_difference`); weight_bytes are then those of the difference.
+    where its folder holds the difference alone (`store_difference`); near: that from whose weights its own are stored as
+    differences (`store_packed`). weight_bytes are then those of the difference.
     """
     name: str
     folder: Path
@@ -91,6 +92,7 @@ class ModelInfo:
     regimes: dict[str, int] = field(default_factory=dict)
     objective: dict = field(default_factory=dict)
     base: str | None = None
+    near: str | None = None
 
     @property
     def points(self) -> list[dict]:
@@ -110,7 +112,8 @@ class ModelInfo:
         rate = f"{self.levels} rate levels" if self.levels else "one rate"
         if self.levels and self.rates: rate += f", {self.rates[0]:.3f} ... {self.rates[1]:.3f} bpp"
         if self.regimes: rate += f" ({', '.join(f'{name} is level {level}' for name, level in self.regimes.items())})"
-        size = f"{self.weight_bytes / 1e6:.1f} MB" + (f" beside {self.base}" if self.base else "")
+        beside = self.base or self.near
+        size = f"{self.weight_bytes / 1e6:.1f} MB" + (f" beside {beside}" if beside else "")
         lines = [f"{self.name}{also}: {self.parameters / 1e6:.1f} M parameters, {size}, {rate}"]
         if self.description: lines.append(self.description)
         if self.points:
@@ -139,12 +142,12 @@ def _stated_in_tables(folder: Path) -> str:
     with safe_open(folder/"tables.safetensors", framework="np") as f: return (f.metadata() or {}).get("fingerprint", "")
 
 
-def _look_at_weights(folder: Path) -> tuple[int, str | None]:
-    "How many numbers the file holds, and the model that lends the rest, from its header alone."
+def _look_at_weights(folder: Path) -> tuple[int, str | None, str | None]:
+    "How many numbers the file holds, the model that lends the rest, and that from which they differ, from its header alone."
     with safe_open(folder/"weights.safetensors", framework="np") as f:
         about = f.metadata() or {}
         shapes = {key: f.get_slice(key).get_shape() for key in f.keys()} | json.loads(about.get("packed", "{}"))
-        return sum(int(np.prod(shape)) for shape in shapes.values()), about.get("base")
+        return sum(int(np.prod(shape)) for shape in shapes.values()), about.get("base"), about.get("near")
 
 
 def _first_line(error: Exception) -> str: return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
@@ -156,12 +159,12 @@ def _info(folder: Path, name: str) -> ModelInfo:
     try:
         config = ModelConfig.from_json((folder/"config.json").read_text(encoding="utf-8"))
         size = (folder/"weights.safetensors").stat().st_size
-        count, base = _look_at_weights(folder)
+        count, base, near = _look_at_weights(folder)
         return ModelInfo(name, folder, card.get("description", ""), card.get("fingerprint") or _stated_in_tables(folder),
                          card.get("parameters") or count, size,
                          tuple(a for a, shipped in ALIASES.items() if MODELS_FOLDER/shipped == folder),
                          card.get("figures", {}), config.rate_levels, dict(zip(REGIMES, config.regime_levels)),
-                         card.get("objective", {}), base)
+                         card.get("objective", {}), base, near)
     except Exception as error:  # whatever the parsers trip over
         raise ModelError(f"{folder} is no model folder, or is damaged ({_first_line(error)}): get it again.") from error
 

@@ -139,6 +139,45 @@ def test_packed_weights_are_the_same_and_fewer_bytes(beside):
     assert name_of(load_model(folder / "whole")) == names[1]
 
 
+def test_weights_packed_near_those_of_another_model(beside):
+    """The same to the bit, also near one that is a part itself; with a step, fewer bytes and close to it."""
+    folder, names, _ = beside
+    model = load_model(folder / "other")
+    with torch.no_grad():
+        for p in model.parameters(): p += 0.01 * p.abs().mean() * torch.randn_like(p)
+    save_model(model, folder / "third")
+    whole, sizes = name_of(load_model(folder / "third")), []
+    for near, step in ((None, 0), ("other", 0), ("base", 0), ("other", 0.25)):
+        there = load_model(store_packed(folder / "third", near and folder / near, step))
+        assert (name_of(there) == whole) == (not step)
+        sizes.append((folder / "third" / FILES[1]).stat().st_size)
+    assert sizes[1] < sizes[2] < sizes[0] and sizes[3] < 0.7 * sizes[1]
+    old, new = (torch.cat([p.flatten() for p in m.parameters()]) for m in (load_model(folder / "other"), model))
+    moved = torch.cat([p.flatten() for p in there.parameters()])
+    assert 0 < (moved - new).norm() < 0.1 * (new - old).norm()
+    assert all(torch.equal(p.half().float(), p) for p in there.parameters())
+    assert model_info(folder / "third").parameters == sum(t.numel() for t in there.state_dict().values())
+
+    before = (folder / "base" / FILES[1]).read_bytes()
+    with pytest.raises(ModelError, match="from each other"): store_packed(folder / "base", folder / "third")  # which rests on it
+    assert (folder / "base" / FILES[1]).read_bytes() == before
+    with safe_open(folder / "base" / FILES[1], "pt") as f: about = f.metadata()
+    save_file(load_file(folder / "base" / FILES[1]), folder / "base" / FILES[1], about | {"near": "third"})
+    with pytest.raises(ModelError, match="from each other"): load_model(folder / "third")
+
+
+def test_weights_cannot_be_packed_near_anything(beside, tmp_path):
+    folder, _, _ = beside
+    save_model(load_model(folder / "base"), folder / "free")
+    for name, near, step, why in (("free", None, 0.25, "say from which model"), ("free", folder / "free", 0, "must lie beside"),
+                                  ("free", tmp_path.parent, 0, "must lie beside"), ("free", folder / "gone", 0, "has no weights"),
+                                  ("other", folder / "base", 0, "leaves weights to 'base' already"),
+                                  ("free", folder / "base", -1, "A step is"), ("free", folder / "base", float("nan"), "A step is")):
+        before = (folder / name / FILES[1]).read_bytes()
+        with pytest.raises(ModelError, match=why): store_packed(folder / name, near, step)
+        assert (folder / name / FILES[1]).read_bytes() == before
+
+
 def test_packed_weights_beside_a_base_of_another_type(tmp_path):
     """No difference is taken from float32, neither when they are packed nor when they are read."""
     model = made()
