@@ -10,7 +10,8 @@ the Fréchet and kernel distances of all 256 x 256 patches, laid as in HiFiC's p
 16; `stages` has both for the last convolution of each of its five resolutions, from grain to objects. The kernel distance, and its
 change from stage 1, come with their standard errors, by leaving out a tenth of the photos at a time. With --card, the figures are
 written into card.json of that model folder as well: the explorer what_the_gan_adds draws them. Pictures are blended at the levels
-of --pixels alone: it is the features that take the time.
+of --pixels alone: it is the features that take the time. A model with an encoder of its own is measured with --own-files: it
+encodes each photo into at most as many bytes as stage 1 took, and nothing is blended.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hific_nb.codec import hardware_bfloat16
+from hific_nb.codec import Codec, hardware_bfloat16
 from hific_nb.config import write_atomic
 from hific_nb.data import find_images, holdout_split, image_to_tensor, read_image, split_alpha
 from hific_nb.evaluation import patch_features
@@ -32,6 +33,7 @@ from hific_nb.metrics import bpp, frechet_distance, kernel_distance, psnr
 from hific_nb.perceptual import LPIPS, FeatureStack
 from hific_nb.training import _keep_pages
 from hific_nb.widgets import GeneratorPair, PictureBlends, patch_distance
+from hific_nb.zoo import find_model
 
 
 def jackknife(originals, decoded, photo, than=None, groups=10):
@@ -75,6 +77,36 @@ class Measure:
         return torch.cat([m.float().mean((2, 3)) for m in maps], 1)
 
 
+class OneFile(PictureBlends):
+    def bytes(self, share, level): return len(self.data(level))
+
+
+class Rivals:
+    "Two models with an encoder each, in the place of a `GeneratorPair`."
+    def __init__(self, *names, device):
+        self.codecs = [Codec.from_pretrained(name, device=device) for name in names]
+        self.codec, self.names = self.codecs[0], tuple(find_model(name)[1] for name in names)
+        self.fingerprints = tuple(codec.fingerprint for codec in self.codecs)
+
+
+class TwoFiles:
+    "One picture under `Rivals`: the file of the first at a level, and of the second one of at most as many bytes."
+    def __init__(self, rivals, image): self.rivals, self.image, self.files = rivals, image, {}
+
+    def file(self, share, level):
+        key = share, level
+        if key not in self.files:
+            codec = self.rivals.codecs[int(share)]
+            analysis = codec.analyse(self.image, thumbnail=False)
+            if share: level = codec.find_level(analysis, max_bytes=self.bytes(0, level))
+            self.files[key] = codec.encode(codec.quantize(analysis, level))
+        return self.files[key]
+
+    def bytes(self, share, level): return len(self.file(share, level))
+
+    def picture(self, share, way, level): return self.rivals.codecs[int(share)].decompress(self.file(share, level))
+
+
 def measure_set(name, paths, pair, looking, levels, shares, pixel_levels, progress):
     "One folder: photos, patches and rows of figures."
     wanted = [(label, level, share, way) for label, level in levels.items() for share in shares
@@ -83,13 +115,13 @@ def measure_set(name, paths, pair, looking, levels, shares, pixel_levels, progre
     originals, photo, features = [], [], {key: [] for key in wanted}
     for k, path in enumerate(paths):
         image = split_alpha(read_image(path))[0]
-        blends, own = PictureBlends(pair, image), looking.patches(image)
+        blends, own = (TwoFiles if isinstance(pair, Rivals) else OneFile)(pair, image), looking.patches(image)
         originals.append(own)
         photo += [k] * len(own)
         for key in wanted:
             label, level, share, way = key
             decoded = blends.picture(share, way or "weights", level)
-            kept[key].append((bpp(len(blends.data(level)), *image.size), psnr(image, decoded), looking.distance(image, decoded),
+            kept[key].append((bpp(blends.bytes(share, level), *image.size), psnr(image, decoded), looking.distance(image, decoded),
                               patch_distance(image, decoded)))
             features[key].append(looking.patches(decoded))
         progress(name, k + 1, len(paths))
@@ -126,6 +158,7 @@ def main(arguments=None):
     parser.add_argument("--held-back", type=Path, nargs="*", default=[], help="those of them that were trained on")
     parser.add_argument("--levels", nargs="+", default=["low", "med", "high"], help="names, or qualities 0 ... 100")
     parser.add_argument("--shares", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1], help="of the GAN; 0 is always measured")
+    parser.add_argument("--own-files", action="store_true", help="the second model encodes for itself; shares 0 and 1")
     parser.add_argument("--pixels", nargs="*", default=["med"], help="levels at which pictures are blended, too")
     parser.add_argument("--limit", type=int, help="photos of each folder, spread over all")
     parser.add_argument("--weights", type=Path, help="folder with AlexNet's and VGG16's; default: as LPIPS finds them")
@@ -134,11 +167,11 @@ def main(arguments=None):
     parser.add_argument("--card", type=Path, help="model folder of the GAN")
     args = parser.parse_args(arguments)
     _keep_pages()
-    pair = GeneratorPair(args.base, args.gan, device=args.device)
+    pair = (Rivals if args.own_files else GeneratorPair)(args.base, args.gan, device=args.device)
     looking = Measure(args.weights, str(pair.codec.device))
     levels = {text: pair.codec.level_of(text if text.isalpha() else float(text)) if pair.codec.levels else None
               for text in args.levels}
-    shares = sorted({0.0, *args.shares})
+    shares = [0.0, 1.0] if args.own_files else sorted({0.0, *args.shares})
     start, sets = time.time(), []
 
     def progress(name, done, total):
@@ -166,6 +199,14 @@ def main(arguments=None):
         print(f"\n{s['name']}: {s['photos']} photos, {s['patches']} patches")
         for row in s["rows"]:
             print("  " + "  ".join(f"{key} {value}" for key, value in row.items() if value is not None and key != "stages"))
+        for row in s["rows"]:
+            if not row["share"] or "stages" not in row: continue
+            first = next(r for r in s["rows"] if r["level"] == row["level"] and not r["share"])
+            for distance in ("fid", "kid"):
+                pairs = [(row["stages"][name][distance], first["stages"][name][distance]) for name in row["stages"]]
+                each = " / ".join(f"{a / b - 1:+.0%}" for a, b in pairs)
+                print(f"  level {row['level']}, share {row['share']:g} {row['way']}: {distance} {each}, "
+                      f"of the sums {sum(a for a, _ in pairs) / sum(b for _, b in pairs) - 1:+.1%}")
 
 
 if __name__ == "__main__":

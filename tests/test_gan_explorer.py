@@ -237,23 +237,28 @@ def realism():
     return module
 
 
-def test_benchmark_measures_what_it_says(realism, gan, tmp_path, monkeypatch):
-    "With means of colours in place of VGG16's features: each figure is computed again from its own files."
+@pytest.fixture
+def looking(realism, monkeypatch):
+    "Means of colours in place of VGG16's features."
     def colours(x): return x.float().mean((2, 3))
 
     class Looking:
-        stages = dict(red=1, rest=2)
+        stages, dtype = dict(red=1, rest=2), torch.float32
         distance = staticmethod(lambda a, b: float(np.abs(np.asarray(a, float) - np.asarray(b, float)).mean()))
         patches = staticmethod(lambda image: realism.patch_features(colours, image))
 
+    monkeypatch.setattr(realism, "Measure", lambda *_: Looking)
+    monkeypatch.setattr(realism, "hardware_bfloat16", lambda _: False)
+    return Looking
+
+
+def test_benchmark_measures_what_it_says(realism, gan, tmp_path, looking):
+    "Each figure is computed again from its own files."
     folder, other, card = tmp_path / "photos", tmp_path / "more", tmp_path / "card"
     for k, (name, place) in enumerate((("coffee", folder), ("astronaut", folder), ("chelsea", other))):
         place.mkdir(exist_ok=True)
         sample_photo(name).resize((512 + 10 * k, 300)).save(place / f"{name}.png")
     shutil.copytree(gan, card)
-    monkeypatch.setattr(realism, "Measure", lambda *_: Looking)
-    monkeypatch.setattr(realism, "hardware_bfloat16", lambda _: False)
-    Looking.dtype = torch.float32
     out = ["--out", str(tmp_path / "realism.json"), "--card", str(card)]
     realism.main(["--base", str(MODEL), "--gan", str(card), "--photos", str(folder), str(other), "--levels", "low", "100",
                   "--pixels", "100", "--shares", "0", "0.5", "1", *out])
@@ -273,7 +278,7 @@ def test_benchmark_measures_what_it_says(realism, gan, tmp_path, monkeypatch):
         decoded = [b.picture(row["share"], row["way"] or "weights", row["rate_level"]) for b in blends]
         assert row["bpp"] == pytest.approx(np.mean([8 * len(d) / (im.width * im.height) for d, im in zip(data, images)]), rel=1e-5)
         assert row["psnr"] == pytest.approx(np.mean([psnr(a, b) for a, b in zip(images, decoded)]), rel=1e-5)
-        sets = [np.concatenate([Looking.patches(im) for im in group]) for group in (images, decoded)]
+        sets = [np.concatenate([looking.patches(im) for im in group]) for group in (images, decoded)]
         for name, part in (("red", [s[:, :1] for s in sets]), ("rest", [s[:, 1:] for s in sets])):
             assert row["stages"][name]["fid"] == pytest.approx(frechet_distance(*part), rel=1e-4)
             assert row["stages"][name]["kid"] == pytest.approx(kernel_distance(*part), rel=1e-4)
@@ -281,6 +286,29 @@ def test_benchmark_measures_what_it_says(realism, gan, tmp_path, monkeypatch):
         assert row["patches"] == pytest.approx(np.mean([patch_distance(a, b) for a, b in zip(images, decoded)]), rel=1e-5)
     with pytest.raises(SystemExit):  # figures of one model do not go into the card of another
         realism.main(["--base", str(MODEL), "--gan", str(MODEL), "--photos", str(other), "--levels", "low", "--shares", "0", *out])
+
+
+def test_benchmark_of_a_model_with_an_encoder_of_its_own(realism, looking, gan, tmp_path, capsys):
+    "Its file has at most as many bytes as that of stage 1, photo by photo; shares in between are not asked for."
+    other, folder = load_model(gan), tmp_path / "photos"
+    with torch.no_grad(): other.Hyperprior.synthesis_mu.conv3.bias += 0.25
+    save_pretrained(other, tmp_path / "rival")
+    with pytest.raises(CodecError): GeneratorPair(MODEL, tmp_path / "rival")
+    folder.mkdir()
+    for name in ("coffee", "astronaut"): sample_photo(name).resize((512, 300)).save(folder / f"{name}.png")
+    realism.main(["--base", str(MODEL), "--gan", str(tmp_path / "rival"), "--photos", str(folder), "--levels", "100", "--own-files",
+                  "--out", str(tmp_path / "realism.json")])
+    rows = json.loads((tmp_path / "realism.json").read_text())["sets"][0]["rows"]
+    assert [(r["level"], r["share"]) for r in rows] == [("100", 0), ("100", 1)]
+    images = [read_image(folder / f"{name}.png") for name in ("astronaut", "coffee")]
+    base, rival = Codec(load_model(MODEL), device="cpu"), Codec(load_model(tmp_path / "rival"), device="cpu")
+    first = [base.compress(im, quality=100) for im in images]
+    second = [rival.compress(im, max_bytes=len(data)) for im, data in zip(images, first)]
+    for row, codec, files in zip(rows, (base, rival), (first, second)):
+        assert row["bpp"] == pytest.approx(np.mean([8 * len(d) / (512 * 300) for d in files]), rel=1e-5)
+        assert row["psnr"] == pytest.approx(np.mean([psnr(im, codec.decompress(d)) for im, d in zip(images, files)]), rel=1e-5)
+    change = rows[1]["stages"]["red"]["fid"] / rows[0]["stages"]["red"]["fid"] - 1
+    assert f"level 100, share 1 : fid {change:+.0%} / " in capsys.readouterr().out
 
 
 def test_error_of_the_kernel_distance(realism):
