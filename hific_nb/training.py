@@ -137,10 +137,11 @@ def load_warm_start(source: str | os.PathLike) -> tuple[Model, torch.nn.Module |
     return model, critic
 
 
-def inherited_objective(source: str | os.PathLike) -> dict[str, float]:
+def inherited_objective(source: str | os.PathLike) -> dict[str, float | str]:
     """What a run that begins with a model of several rates takes over from the `Objective` which that was trained with.
 
-    That is the range of lambda, `level_balance` and `k_P`: with others, each level would move to another rate. source: as in
+    That is the range of lambda, `level_balance`, the perceptual distance and the terms of realism, with their weights: with others,
+    each level would move to another rate, or the texture be lost. source: as in
     `load_warm_start`. {} for a model of one rate, and for one that does not say how it was trained.
     """
     path = Path(source)
@@ -151,7 +152,8 @@ def inherited_objective(source: str | os.PathLike) -> dict[str, float]:
     else:
         info = model_info(source)
         levels, known = info.levels, info.objective
-    names = ("lambda_lowest_rate", "lambda_highest_rate", "level_balance", "k_P")
+    names = ("lambda_lowest_rate", "lambda_highest_rate", "level_balance", "k_P", "perceptual", "k_T", "k_B", "realism_features",
+             "realism_fade")
     return {name: known[name] for name in names if levels and name in known}
 
 

@@ -61,7 +61,9 @@ def test_models_say_what_they_were_trained_for(tuned, tmp_path):
         kept = Codec.from_pretrained(folder, device="cpu").save_pretrained(tmp_path / folder.parent.name)
         assert model_info(kept).objective == model_info(folder).objective
         for source in (folder, folder.parent, kept):  # a model, a run, a copy
-            assert inherited_objective(source) == dict(lambda_lowest_rate=6.0, lambda_highest_rate=0.04, level_balance=0.5, k_P=0.0)
+            assert inherited_objective(source) == dict(
+                lambda_lowest_rate=6.0, lambda_highest_rate=0.04, level_balance=0.5, k_P=0.0, perceptual="lpips", k_T=0.0, k_B=0.0,
+                realism_features="squeeze", realism_fade=0.0)
     assert inherited_objective(save_pretrained(tiny_model(levels=True), tmp_path / "silent")) == {}
     one_rate = save_pretrained(tiny_model(), tmp_path / "one-rate", objective=Objective(k_P=3.0).to_dict())
     assert model_info(one_rate).objective["k_P"] == 3.0 and inherited_objective(one_rate) == {}
@@ -86,7 +88,11 @@ def test_a_run_takes_over_what_moves_the_rates(tmp_path):
     folder = save_pretrained(tiny_model(levels=True), tmp_path / "tiny", objective=moved | dict(level_balance=0.25, beta=9.0))
     shipped = dict(warm_start="hific-lite-base-v1", preset="warm_start")
     mine = dict(k_P=2.0, level_balance=0.0)
+    second = dict(k_P=8.0, perceptual="lpips-pair", k_T=2.5, k_B=720.0, realism_features="whole", realism_fade=1.5)
+    painter, plainly = dict(warm_start="hific-lite-gan-v2", preset="warm_start"), dict(k_T=0.0, perceptual="none")
     for given, wanted in (({}, {}), (shipped, moved), (shipped | mine, moved | mine),
                           (dict(warm_start=str(folder), preset="warm_start"), moved | dict(level_balance=0.25)),
+                          (painter, moved | second | dict(level_balance=0.1)),
+                          (painter | plainly, moved | second | dict(level_balance=0.1) | plainly),
                           (shipped | dict(preset="hific-lite"), {})):  # a model of one rate has no use for it
         assert objective(**given) == plain.replace(**wanted), given
