@@ -212,22 +212,22 @@ def gan(monkeypatch, tmp_path):
     """A second shipped model, which `hific-lite` means from now on: the first with another generator; and one of other latents."""
     shipped = tmp_path / "models"
     shipped.mkdir()
-    (shipped / "hific-lite-base-v1").symlink_to(model_folder("hific-lite-base-v1"))
+    (shipped / "hific-lite-base-v2").symlink_to(model_folder("hific-lite-base-v2"))
     for name, part in (("hific-lite-v1", "Generator"), ("hific-other-v1", "Hyperprior")):
-        model = load_pretrained("hific-lite-base-v1")
+        model = load_pretrained("hific-lite-base-v2")
         with torch.no_grad():
             for p in getattr(model, part).parameters(): p.copy_((0.9 * p).half())
         save_pretrained(model, shipped / name, description="as if", figures=dict(bpp=0.3, dists=0.1))
     monkeypatch.setattr(zoo, "MODELS_FOLDER", shipped)
     monkeypatch.setitem(zoo.ALIASES, "hific-lite", "hific-lite-v1")
-    monkeypatch.setitem(zoo.ALIASES, "hific-lite-base", "hific-lite-base-v1")
+    monkeypatch.setitem(zoo.ALIASES, "hific-lite-base", "hific-lite-base-v2")
 
 
 def test_two_generators_for_the_same_latents(gan, tmp_path, capsys):
     """Each reads what the other wrote, without being asked to; files name who wrote them, and are decoded by that model."""
     options = dict(device="cpu", dtype=torch.float32)
     new, old, other = (Codec.from_pretrained(name, **options) for name in ("hific-lite", "hific-lite-base", "hific-other-v1"))
-    assert (new.name, old.name) == ("hific-lite-v1", "hific-lite-base-v1") and new.fingerprint != old.fingerprint
+    assert (new.name, old.name) == ("hific-lite-v1", "hific-lite-base-v2") and new.fingerprint != old.fingerprint
     photo = Image.fromarray(np.add.outer(np.arange(130) * 2, np.arange(150)).astype(np.uint8)).convert("RGB")
     files, pictures = [c.compress(photo, tile=64, thumbnail=False) for c in (new, old)], []
     assert [file_info(data)["model"] for data in files] == [new.name, old.name]
@@ -251,7 +251,7 @@ def test_two_generators_for_the_same_latents(gan, tmp_path, capsys):
     capsys.readouterr()
     assert main(["models"]) == 0
     said = [line.split(":")[0] for line in capsys.readouterr().out.splitlines() if " M parameters" in line]
-    assert said == ["hific-other-v1", "hific-lite-v1 (hific-lite)", "hific-lite-base-v1 (hific-lite-base)"]
+    assert said == ["hific-other-v1", "hific-lite-v1 (hific-lite)", "hific-lite-base-v2 (hific-lite-base)"]
 
 
 def test_a_foreign_model_is_looked_at_once(monkeypatch):
