@@ -473,10 +473,10 @@ def store_packed(folder: str | os.PathLike, near: str | os.PathLike | None = Non
 
     What is packed is how far each weight is from that of `near`, a model folder beside it; without, of the model that
     `store_difference` left the rest to; else the weights themselves, which saves a seventh. The model and its fingerprint stay.
-    Not so with a `step` above 0: then the differences are rounded to its multiples, in units of their root mean square in each
-    tensor, tables are made anew, and it is another model, whose card should be written after. A folder that is packed stays as it
-    is unless `near` is given. Raises `ModelError` for folders that do not lie side by side, a folder that `store_difference`
-    made, or a step without `near`.
+    Not so with a `step` above 0: then the differences of kernels are rounded to its multiples, in units of their root mean square
+    in each tensor, tables are made anew, and it is another model, whose card should be written after. A folder that is
+    packed stays as it is unless `near` is given. Raises `ModelError` for folders that do not lie side by side, a folder that
+    `store_difference` made, or a step without `near`.
     """
     given, folder, file, steps = Path(folder), Path(os.path.abspath(folder)), "weights.safetensors", {}
     (tensors, about), rest = _read_tensors(folder, file), {}
@@ -505,6 +505,7 @@ def _round(folder: Path, near: dict[str, Tensor], step: float) -> dict[str, floa
     if not 0 < step <= 1: raise ModelError(f"A step is a number in 0 ... 1, not {step!r}.")
     model, steps = load_model(folder), {}
     for name, t in model.state_dict().items():
+        if t.ndim < 4: continue  # gains and biases are few, and an error in them is an error everywhere
         beside = _beside(near, name, t.shape)
         if beside is None or not (size := step * (t.double() - beside.double()).square().mean().sqrt().item()): continue
         t.copy_(_at(beside, _steps(t, beside, size), size))

@@ -60,7 +60,7 @@ WITHDRAWN = {model.name: model for model in (
     Withdrawn("hific-lite-v0", "2efd49341f60fe3d", "970d475707fa", "hific-lite"),
 )}
 MODELS_FOLDER = Path(str(files("hific_nb"))).resolve()/"models"
-ALIASES = {"hific-lite": "hific-lite-base-v2", "hific-lite-base": "hific-lite-base-v2",  # without a version: the newest
+ALIASES = {"hific-lite": "hific-lite-v3", "hific-lite-base": "hific-lite-base-v2",  # without a version: the newest
            "hific-lite-gan": "hific-lite-gan-v2"}
 
 # %% ../nbs/12_zoo.ipynb #c4523758
