@@ -675,6 +675,7 @@ class Codec:
         known = {} if isinstance(self._given, Model) else model_info(self._given).objective
         names = "k_M", "k_P", "lambda_lowest_rate", "lambda_highest_rate"
         objective = Objective.from_dict({name: known[name] for name in names if name in known})
+        if known.get("perceptual") == "lpips-pair": objective = objective.replace(k_P=2 * objective.k_P)  # here they take turns
         start, hyperprior = self.quantize(analysis, level), self.model.Hyperprior
         if self.levels: lmbda = objective.lambda_of_level(start.level, self.levels)
         else: lmbda = lambda_for_target(self.ideal_bits(start) / (start.width * start.height))
