@@ -22,6 +22,7 @@ from hific_nb.metrics import image_metrics
 from hific_nb.model import Model
 from hific_nb.perceptual import PerceptualError
 from hific_nb.refinement import soft_round
+from hific_nb.zoo import model_info
 
 torch.set_num_threads(1)
 
@@ -114,6 +115,18 @@ def test_small_pictures(codec, weights, size):
     image = picture(size)
     data = codec.compress(image, quality=60, refine=3)
     assert codec.decompress(data).size == size and len(data) <= len(codec.compress(image, quality=60))
+
+
+@pytest.mark.parametrize("name, times", [("hific-lite-base", 1), ("hific-lite", 2)])
+def test_lpips_weighs_as_in_the_training(no_lpips, monkeypatch, name, times):
+    """Of a model that was trained with the sum of two networks' LPIPS, each counts twice, for here they take turns."""
+    seen, real = [], refinement.view_distance
+    monkeypatch.setattr(refinement, "view_distance", lambda *a, **k: seen.append(a[3]) or real(*a, **k))
+    codec, image = Codec.from_pretrained(name, device="cpu"), picture()
+    codec.refine(image, codec.analyse(image), steps=1)
+    about = model_info(name).objective
+    assert (about["perceptual"] == "lpips-pair") == (times == 2)
+    assert seen and {o.k_P for o in seen} == {times * about["k_P"]} and {o.k_M for o in seen} == {about["k_M"]}
 
 
 def test_a_target_size_is_kept(no_lpips):
