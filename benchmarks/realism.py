@@ -83,7 +83,8 @@ class OneFile(PictureBlends):
 
 class Rivals:
     "Two models with an encoder each, in the place of a `GeneratorPair`."
-    def __init__(self, *names, device):
+    def __init__(self, *names, device, refine=0, weights=None):
+        self.refine, self.weights = refine, weights
         self.codecs = [Codec.from_pretrained(name, device=device) for name in names]
         self.codec, self.names = self.codecs[0], tuple(find_model(name)[1] for name in names)
         self.fingerprints = tuple(codec.fingerprint for codec in self.codecs)
@@ -99,7 +100,10 @@ class TwoFiles:
             codec = self.rivals.codecs[int(share)]
             analysis = codec.analyse(self.image, thumbnail=False)
             if share: level = codec.find_level(analysis, max_bytes=self.bytes(0, level))
-            self.files[key] = codec.encode(codec.quantize(analysis, level))
+            if share and self.rivals.refine:
+                latents = codec.refine(self.image, analysis, level, self.rivals.refine, weights=self.rivals.weights)
+            else: latents = codec.quantize(analysis, level)
+            self.files[key] = codec.encode(latents)
         return self.files[key]
 
     def bytes(self, share, level): return len(self.file(share, level))
@@ -159,6 +163,7 @@ def main(arguments=None):
     parser.add_argument("--levels", nargs="+", default=["low", "med", "high"], help="names, or qualities 0 ... 100")
     parser.add_argument("--shares", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1], help="of the GAN; 0 is always measured")
     parser.add_argument("--own-files", action="store_true", help="the second model encodes for itself; shares 0 and 1")
+    parser.add_argument("--refine", type=int, default=0, help="steps of refinement of the second model's files; with --own-files")
     parser.add_argument("--pixels", nargs="*", default=["med"], help="levels at which pictures are blended, too")
     parser.add_argument("--limit", type=int, help="photos of each folder, spread over all")
     parser.add_argument("--weights", type=Path, help="folder with AlexNet's and VGG16's; default: as LPIPS finds them")
@@ -167,7 +172,9 @@ def main(arguments=None):
     parser.add_argument("--card", type=Path, help="model folder of the GAN")
     args = parser.parse_args(arguments)
     _keep_pages()
-    pair = (Rivals if args.own_files else GeneratorPair)(args.base, args.gan, device=args.device)
+    if args.refine and not args.own_files: parser.error("--refine goes with --own-files.")
+    if args.own_files: pair = Rivals(args.base, args.gan, device=args.device, refine=args.refine, weights=args.weights)
+    else: pair = GeneratorPair(args.base, args.gan, device=args.device)
     looking = Measure(args.weights, str(pair.codec.device))
     levels = {text: pair.codec.level_of(text if text.isalpha() else float(text)) if pair.codec.levels else None
               for text in args.levels}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'MANIFEST', 'LARGE', 'DEADLY', 'ENGINES', 'BulkError', 'BulkSettings', 'Item', 'output_paths', 'plan',
            'Manifest', 'encode_batch', 'Worker', 'serve', 'rows_by_processes', 'RayWorker', 'rows_by_ray', 'BulkResult',
-           'run_bulk']
+           'inputs_among', 'run_bulk']
 
 # %% ../nbs/18_bulk.ipynb #dddbbb72
 import csv
@@ -25,8 +25,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from .config import (HificError, _store, find_urls, is_url, join_path, local_or_url, path_name, read_file,
-                             write_atomic)
+from .config import (HificError, _store, _temporary_stem, file_size, find_urls, is_url, join_path, local_or_url, path_name,
+                             read_file, write_atomic)
 
 # %% ../nbs/18_bulk.ipynb #e5e472c1
 class BulkError(HificError, RuntimeError):
@@ -62,6 +62,10 @@ class BulkSettings:
             raise BulkError("Metrics and refinement need the originals: ask for them when compressing.")
         if not isinstance(self.refine, int) or self.refine < 0:
             raise BulkError(f"The steps of a refinement must be a whole number, 0 for none, not {self.refine!r}.")
+        from hific_nb.hfc import TILE_UNIT
+
+        if self.tile is not None and (not isinstance(self.tile, int) or self.tile < 0 or self.tile % TILE_UNIT):
+            raise BulkError(f"The side of tiles must be a multiple of {TILE_UNIT} pixels, or 0 for none, not {self.tile!r}.")
 
 
 @dataclass(frozen=True)
@@ -79,22 +83,30 @@ class Item:
     def from_json(cls, text: str) -> "Item": return cls(**json.loads(text))
 
 
+def _folder(path: Path | str) -> Path | str: return path.rsplit("/", 1)[0] if is_url(path) else path.parent
+
+
+def _below(root: Path | str, path: Path | str) -> str:
+    return path[len(root.rstrip("/")) + 1:] if is_url(path) else path.relative_to(root).as_posix()
+
+
 def output_paths(inputs: Sequence[Path | str], root: Path | str, out: Path | str | None, suffix: str) -> list[Path | str]:
     """Where the result of each input goes: beside it, or at the same place below the folder `out`. All may be addresses.
 
     The name is the input's with its ending replaced by `suffix`; where two inputs (a.jpg, a.png) would meet, both keep
-    their own ending before it. For a single input file, `out` with an ending of its own is the result itself.
+    their own ending before it, as does one that is another's name without it (a.jpg.png beside a.jpg). For a single input file,
+    `out` with an ending of its own is the result itself.
     """
     if out is not None and list(inputs) == [root] and _is_file_name(out): return [out]
-    def folder(path): return path.rsplit("/", 1)[0] if is_url(path) else path.parent
     def inside(path):  # the folders between it and the root
         if is_url(path): return path[len(root.rstrip("/")) + 1:].split("/")[:-1] if path != root else []
         return path.parent.relative_to(root if root.is_dir() else path.parent).parts
-    places = [folder(p) if out is None else join_path(out, *inside(p)) for p in inputs]
-    stems = [Path(path_name(p)).stem for p in inputs]
-    names = Counter(zip(places, stems))
-    return [join_path(place, (stem if names[place, stem] == 1 else path_name(p)) + suffix)
-            for place, stem, p in zip(places, stems, inputs)]
+    places = [_folder(p) if out is None else join_path(out, *inside(p)) for p in inputs]
+    names = [path_name(p) for p in inputs]
+    stems = [Path(name).stem for name in names]
+    meet, whole = Counter(zip(places, stems)), set(zip(places, names))
+    return [join_path(place, (stem if meet[place, stem] == 1 and (place, stem) not in whole else name) + suffix)
+            for place, stem, name in zip(places, stems, names)]
 
 
 def _is_file_name(out: Path | str) -> bool:
@@ -104,8 +116,7 @@ def _is_file_name(out: Path | str) -> bool:
 
 def plan(root: Path | str, files: Sequence[Path | str], out: Path | str | None, suffix: str) -> list[Item]:
     "The items for `files` at and below `root`, named by their place below it; results go where `output_paths` says."
-    def below(path): return path[len(root.rstrip("/")) + 1:] if is_url(path) else path.relative_to(root).as_posix()
-    return [Item(path_name(f) if f == root else below(f), str(f), str(target))
+    return [Item(path_name(f) if f == root else _below(root, f), str(f), str(target))
             for f, target in zip(files, output_paths(files, root, out, suffix))]
 
 # %% ../nbs/18_bulk.ipynb #0d55687a
@@ -115,18 +126,23 @@ MANIFEST = "manifest.csv"
 _PARTS, _PART_SECONDS = "manifest.parts", 10.0
 
 
-def _lines(rows: Iterable[dict], header: bool = False) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
-    if header: writer.writeheader()
-    for row in rows: writer.writerow({key: "" if row.get(key) is None else row[key] for key in COLUMNS})
-    return text.getvalue()
+def _lines(rows: Iterable[dict]) -> bytes:
+    text = ""
+    for row in rows:
+        line = io.StringIO()
+        csv.writer(line).writerow([row.get(key) for key in COLUMNS])  # ends with \r\n, so that a \r within is quoted
+        text += line.getvalue()[:-2] + "\n"
+    return text.encode("utf-8", "surrogateescape")
 
 
 def _rows(text: str) -> Iterator[dict]:
     "The rows of a manifest; of what does not read as one, nothing."
     if not text.endswith("\n"): text = text[:text.rfind("\n") + 1]  # the last line was being written
-    for row in csv.DictReader(io.StringIO(text), COLUMNS):
+    reader = csv.DictReader(io.StringIO(text), COLUMNS)
+    while True:
+        try: row = next(reader)
+        except StopIteration: return
+        except csv.Error: continue
         if None not in row and None not in row.values() and row["file"] != "file": yield row
 
 
@@ -143,16 +159,16 @@ class Manifest:
         try: self._parts = find_urls(join_path(self.folder, _PARTS)) if is_url(self.folder) else []
         except OSError as error: raise BulkError(f"{self.folder} cannot be looked into ({error.strerror}).") from error
         for path in [self.path, *self._parts]:
-            try: text = read_file(path).decode("utf-8", "replace")
+            try: text = read_file(path).decode("utf-8-sig", "surrogateescape")
             except FileNotFoundError: continue
             except OSError as error: raise BulkError(f"{path} cannot be read ({error.strerror}): move it away.") from error
-            if path == self.path and text and not text.startswith(_lines([], header=True)):
+            if path == self.path and text and text.split("\n", 1)[0].rstrip("\r") != ",".join(COLUMNS):
                 raise BulkError(f"{path} is there and no manifest of ours: move it away, or write to another folder.")
             self.known |= {row["file"]: row for row in _rows(text)}
         self._log = None
 
     @staticmethod
-    def _table(rows: dict) -> str: return _lines((rows[name] for name in sorted(rows)), header=True)
+    def _table(rows: dict) -> bytes: return _lines([dict(zip(COLUMNS, COLUMNS)), *(rows[name] for name in sorted(rows))])
 
     def add(self, row: dict) -> None:
         "Keep a row."
@@ -164,8 +180,8 @@ class Manifest:
         try:
             if self._log is None:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                write_atomic(self.path, self._table(self.known).encode())
-                self._log = open(self.path, "a", encoding="utf-8", newline="")
+                write_atomic(self.path, self._table(self.known))
+                self._log = open(self.path, "ab")
             self._log.write(_lines([row]))
             self._log.flush()
         except OSError as error: raise BulkError(f"Cannot write {self.path}: {error.strerror}.") from error
@@ -173,7 +189,7 @@ class Manifest:
     def _put(self) -> None:
         if self._pending:
             name = f"{time.time_ns()}.csv"
-            self._parts.append(write_atomic(join_path(self.folder, _PARTS, name), _lines(self._pending).encode()))
+            self._parts.append(write_atomic(join_path(self.folder, _PARTS, name), _lines(self._pending)))
         self._pending, self._last = [], time.monotonic()
 
     def close(self, whole: bool = True) -> None:
@@ -181,7 +197,7 @@ class Manifest:
         if self._log is not None: self._log.close()
         if not whole: return self._put()
         if not is_url(self.folder): self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.path, self._table(self.known | self._new).encode())
+        write_atomic(self.path, self._table(self.known | self._new))
         for part in self._parts:
             try:
                 with _store(part) as (store, path): store.rm_file(path)
@@ -214,6 +230,16 @@ def _stamp(path: str) -> str:
     return f"{about.get('size')} {changed}"
 
 
+def _place(source: str, target: str) -> str:
+    "Where a file lies, from its result's folder, so that both may move together; in full behind an address or on another drive."
+    source, target = local_or_url(source), local_or_url(target)
+    if is_url(source): return path_name(source) if _folder(source) == _folder(target) else source
+    folder = os.path.realpath(source.parent)
+    try: folder = folder if is_url(target) else os.path.relpath(folder, os.path.realpath(target.parent))
+    except ValueError: pass  # another drive
+    return Path(folder, source.name).as_posix()
+
+
 def _digest(data: bytes) -> str: return hashlib.sha256(data).hexdigest()[:16]
 
 
@@ -227,7 +253,7 @@ class _Job:
     def __init__(self, item: Item):
         self.item, self.start = item, time.perf_counter()
         self.codec = self.image = self.latents = self.data = self.original = self.decoded = self.row = None  # a row ends the job
-        self.large, self.there, self.figures = False, None, {}
+        self.large, self.there, self.ours, self.figures = False, None, False, {}
 
 
 class Worker:
@@ -296,8 +322,9 @@ class Worker:
 
     def _end(self, job: _Job, **row) -> None:
         job.image = job.latents = job.data = job.original = job.decoded = None
-        job.row = dict(file=job.item.file, output=job.item.target, seconds=round(time.perf_counter() - job.start, 3),
-                       source=job.figures.get("source"), **row)
+        if row.get("error") and job.ours: job.row = job.item.known | row  # the figures of what is there
+        else: job.row = dict(file=job.item.file, output=job.item.target, seconds=round(time.perf_counter() - job.start, 3),
+                             source=job.figures.get("source"), **row)
 
     # ---- reading
 
@@ -325,8 +352,9 @@ class Worker:
         from hific_nb.hfc import ModelMismatchError
 
         item, s = job.item, self.settings
-        job.figures["source"] = _stamp(item.source)
+        job.figures["source"] = f"{_stamp(item.source)} of {_place(item.source, item.target)}"
         job.there = _content(item.target)
+        job.ours = bool(item.known) and job.there is not None and item.known["sha256"] == _digest(job.there)
         if s.action == "decompress" and s.model is None:
             job.data = read_file(item.source)
             info = file_info(job.data)
@@ -347,16 +375,18 @@ class Worker:
 
     def _done(self, job: _Job) -> bool:
         "Whether an earlier run did the job; its row is then the job's. Raises for a result that must not be overwritten."
-        known, there, s = job.item.known, job.there, self.settings
-        if there is None or s.force: return False
-        if not known or known["error"] or known["sha256"] != _digest(there): return False  # compared when it is made
+        known, s = job.item.known, self.settings
+        if s.force or not job.ours: return False  # compared when it is made
+        stamp, _, place = job.figures["source"].partition(" of ")
+        known_stamp, _, known_place = known["source"].partition(" of ")
+        if known_place not in ("", place): return False  # of another photo; earlier versions kept no place
         if known["settings"] != job.figures["settings"]:
             raise HificError(f"{job.item.target} was made with other settings: give --force to make it again, or --out to write "
                              "elsewhere.")
-        if known["source"] != job.figures["source"] or s.metrics and not (known["psnr"] or known["ms_ssim"]):
+        if known_stamp != stamp or s.metrics and not (known["psnr"] or known["ms_ssim"]):
             job.there = None  # ours, and out of date
             return False
-        job.row = {**known, "skipped": True}
+        job.row = {**known, "error": "", "skipped": True}
         return True
 
     # ---- networks
@@ -607,6 +637,7 @@ def _start_ray(ray) -> None:
 
 # %% ../nbs/18_bulk.ipynb #bdab2b1c
 ENGINES = ("local", "ray")
+_MADE = (".reconstruction.png", ".box.png", ".thumbnail.png")
 
 
 @dataclass
@@ -627,15 +658,42 @@ class BulkResult:
                 f"{self.seconds:.1f} s{rate}. All of them: {self.manifest}")
 
 
+def inputs_among(root: Path | str, files: Sequence[Path | str]) -> list[Path | str]:
+    """Those of the `files` at and below `root` that a run is for: no pipes, and nothing that a run left beside its source.
+
+    That is what the manifest in `root` tells of (a.png, decoded from a.hfc), as long as it has the size it had, and what is
+    named for another file (a.reconstruction.png, a.box.png, a.thumbnail.png beside a.jpg). `BulkError` where nothing is left.
+    """
+    if list(files) == [root]: return [root]
+    try: rows = Manifest(root).known.values()
+    except BulkError: rows = ()  # somebody's
+    decoded = {(Path(row["file"]).parent / path_name(row["output"])).as_posix(): row["bytes"] for row in rows
+               if row["settings"].startswith("decompress ") and row["source"].partition(" of ")[2] == path_name(row["file"])}
+    names = {(_folder(f), name) for f in files for name in (path_name(f), Path(path_name(f)).stem)}
+
+    def is_input(path):
+        folder, name = _folder(path), path_name(path)
+        if not is_url(path) and os.path.exists(path) and not os.path.isfile(path): return False
+        if any(name.endswith(end) and (folder, name.removesuffix(end)) in names for end in _MADE): return False
+        size = decoded.get(_below(root, path))
+        try: return size is None or size != str(file_size(path))
+        except OSError: return True  # its row will say so
+
+    found = [path for path in files if is_input(path)]
+    if not found: raise BulkError(f"{root} holds nothing but pipes and what earlier runs made: name a folder of pictures.")
+    return found
+
+
 def run_bulk(root: str | os.PathLike, out: str | os.PathLike | None, settings: BulkSettings, *, engine: str = "local",
              workers: int | None = None, files: Sequence[Path | str] | None = None,
              on_row: Callable[[dict, int, int], None] | None = None) -> BulkResult:
     """Do what `settings` say to every file below `root`, and keep `manifest.csv` in `out`, or in `root` where that is None.
 
-    root, out: folders or addresses; files: those below `root`, where they were looked for before. The same call goes on where
-    one was stopped. engine: "local", or "ray". workers: processes or actors; None takes one for each core, and 1 where a GPU or
-    few files make this process the faster one. on_row(row, k, n) is called after each of the n files. A file that fails has an
-    `error` in its row; what keeps the run from starting raises `HificError`.
+    root, out: folders or addresses, or a file and its result, with the manifest beside that; files: those below `root`, where they
+    were looked for before, see `inputs_among`. The same call goes on where one was stopped. engine: "local", or "ray". workers:
+    processes or actors; None takes one for each core, and 1 where a GPU or few files make this process the faster one.
+    on_row(row, k, n) is called after each of the n files. A file that fails has an `error` in its row; what keeps the run from
+    starting raises `HificError`.
     """
     if engine not in ENGINES: raise BulkError(f"The engine must be one of {', '.join(ENGINES)}, not {engine!r}.")
     if engine == "ray": _need_ray()
@@ -643,14 +701,13 @@ def run_bulk(root: str | os.PathLike, out: str | os.PathLike | None, settings: B
 
     suffix, kinds = (".hfc", None) if settings.action == "compress" else (".png", {".hfc"})
     root = local_or_url(root)
-    if files is None: files = find_images(root, kinds)
+    files = inputs_among(root, find_images(root, kinds) if files is None else files)
     out = None if out is None else local_or_url(out)
     items = plan(root, files, out, suffix)
-    if files == [root]: root = root.rsplit("/", 1)[0] if is_url(root) else root.parent
-    manifest = Manifest(root if out is None else out)
+    manifest = Manifest(_folder(local_or_url(items[0].target)) if files == [root] else root if out is None else out)
     _sweep(items)
     result, start, whole = BulkResult(manifest=str(manifest.path)), time.perf_counter(), False
-    known = (item if settings.force else replace(item, known=manifest.known.get(item.file)) for item in items)
+    known = (replace(item, known=manifest.known.get(item.file)) for item in items)
     if engine == "ray": rows = rows_by_ray(known, settings, workers)
     else:
         workers = workers or _workers_for(settings, len(items))
@@ -664,7 +721,7 @@ def run_bulk(root: str | os.PathLike, out: str | os.PathLike | None, settings: B
                 else: result.done += 1
                 result.bytes += int(row["bytes"])
                 if settings.action == "compress": result.pixels += int(row["width"]) * int(row["height"])
-            if not row.get("skipped"): manifest.add(row)
+            if not row.get("skipped") or manifest.known[row["file"]]["error"]: manifest.add(row)
             result.seconds = time.perf_counter() - start
             if on_row is not None: on_row(row, k, len(items))
         whole = True
@@ -676,7 +733,9 @@ def _sweep(items: Sequence[Item]) -> None:
     "Removes what a run that was killed left under a temporary name (see `write_atomic`) beside the results."
     places: dict[str, set] = {}
     for item in items:
-        if not is_url(item.target): places.setdefault(os.path.dirname(item.target), set()).add(os.path.basename(item.target))
+        if is_url(item.target): continue
+        folder, name = os.path.split(item.target)
+        places.setdefault(folder, set()).add(_temporary_stem(name))
     for folder, names in places.items():
         try: entries = os.listdir(folder)
         except OSError: continue

@@ -20,21 +20,40 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .bulk import output_paths
-from .config import (HificError, check_names, file_size, find_job, is_url, job_parameters, local_or_url, open_file,
-                             write_atomic)
+from .bulk import _is_file_name, inputs_among, output_paths
+from .config import (HificError, check_names, file_size, find_job, is_url, job_parameters, local_or_url, path_name,
+                             read_file, write_atomic)
 
 # %% ../nbs/20_cli.ipynb #be15537e
 def _inputs(root: Path | str, find: Callable[[Path | str], list]) -> list[Path | str]:
-    if is_url(root): return find(root)
-    if not root.exists(): raise HificError(f"{root} does not exist: check the path.")
-    return find(root) if root.is_dir() else [root]
+    if is_url(root): return inputs_among(root, find(root))
+    try: there = root.exists()
+    except OSError as error: raise HificError(f"{root} cannot be looked at: {error.strerror}.") from error
+    if not there: raise HificError(f"{root} does not exist: check the path.")
+    return inputs_among(root, find(root)) if root.is_dir() else [root]
 
 
 def _hfc_files(folder: Path | str) -> list[Path | str]:
     from hific_nb.data import find_images
 
     return find_images(folder, {".hfc"})
+
+
+def _content(source: Path | str) -> Path | str | bytes:
+    "What to read, more than once: of a pipe, its bytes."
+    if is_url(source) or source.is_file(): return source
+    try: return read_file(source)
+    except OSError as error: raise HificError(f"Cannot read {source}: {error.strerror or error}.") from error
+
+
+def _check_out(args, ending: str) -> None:
+    "Raises `HificError` for one result whose name says that it is something else, and for results beside what is read by http."
+    if args.out is None:
+        if str(args.input).lower().startswith(("http://", "https://")):
+            raise HificError(f"Nothing can be written beside {args.input}: say by --out where the results go.")
+    elif (is_url(args.input) or not args.input.is_dir()) and _is_file_name(args.out):
+        if Path(path_name(args.out)).suffix.lower() != ending:
+            raise HificError(f"{args.out} would be a {ending} file: give it that ending, or name a folder, with a slash behind it.")
 
 
 def _make_room(target: Path | str, force: bool) -> None:
@@ -130,6 +149,9 @@ def compress_command(args) -> int:
     from hific_nb.data import find_images
     from hific_nb.hfc import write_hfc
 
+    if args.reconstruct and (args.metrics or args.tile is not None or args.engine != "local" or args.workers):
+        raise HificError("--reconstruct writes pictures, one by one: leave --metrics, --tile, --engine and --workers away.")
+    _check_out(args, ".png" if args.reconstruct else ".hfc")
     inputs = _inputs(args.input, find_images)
     rate = {name: value for name in ("quality", "bpp", "max_bytes") if (value := getattr(args, name)) is not None}
     if not args.reconstruct and (inputs != [args.input] or args.engine != "local" or args.metrics):
@@ -139,13 +161,15 @@ def compress_command(args) -> int:
     if args.refine: rate |= dict(refine=args.refine, progress=_steps(args.refine))
 
     def compress(source: Path | str, target: Path | str) -> str:
+        content = _content(source)
+        size = len(content) if isinstance(content, bytes) else file_size(source)
         if args.reconstruct:
-            write_atomic(target, _png(codec.reconstruct(source, **rate)))
+            write_atomic(target, _png(codec.reconstruct(content, **rate)))
             return f"{source} -> {target}"
-        data = codec.compress(source, tile=args.tile, thumbnail=None if args.thumbnail else False, **rate)
+        data = codec.compress(content, tile=args.tile, thumbnail=None if args.thumbnail else False, **rate)
         write_hfc(target, data)
         return (f"{source} -> {target}  {len(data):,} bytes, {file_info(data)['bpp']:.3f} bpp, "
-                f"{100 * len(data) / file_size(source):.1f} % of the original")
+                f"{100 * len(data) / size:.1f} % of the original")
 
     suffix = ".reconstruction.png" if args.reconstruct else ".hfc"
     return for_each_file(inputs, output_paths(inputs, args.input, args.out, suffix), compress, args.force)
@@ -153,9 +177,10 @@ def compress_command(args) -> int:
 
 def decompress_command(args) -> int:
     "`hific decompress`: `.hfc` files, or a part of each, to PNGs; without --model, each file's own model is loaded."
-    from hific_nb.hfc import HfcError, HfcFile, HfcReader, ModelMismatchError
+    from hific_nb.hfc import HfcFile, HfcReader, ModelMismatchError, open_hfc
     from hific_nb.zoo import name_of_fingerprint
 
+    _check_out(args, ".png")
     inputs = _inputs(args.input, _hfc_files)
     if inputs != [args.input] and not (args.box or args.thumbnail): return _bulk(args, inputs, action="decompress")
     codecs = {}
@@ -171,14 +196,13 @@ def decompress_command(args) -> int:
         return codecs[name]
 
     def decompress(source: Path | str, target: Path | str) -> str:
-        try:
-            with open_file(source) as stream: file = HfcReader(stream).file
-        except OSError as error: raise HfcError(f"Cannot read {source}: {error.strerror or error}.") from error
+        content = _content(source)
+        with open_hfc(content) as stream: file = HfcReader(stream).file
         codec, (left, top, right, bottom) = codec_for(file), args.box or (0, 0, file.width, file.height)
         if (right - left) * (bottom - top) > 2 ** 24 and not args.thumbnail and isinstance(target, Path):
-            size = codec.decompress_to(target, source, args.box)
+            size = codec.decompress_to(target, content, args.box)
             return f"{source} -> {target}  {size[0]} x {size[1]}"
-        image = codec.decompress(source, args.box, thumbnail=args.thumbnail)
+        image = codec.decompress(content, args.box, thumbnail=args.thumbnail)
         write_atomic(target, _png(image))
         return f"{source} -> {target}  {image.width} x {image.height}"
 
@@ -219,12 +243,12 @@ def models_command(args) -> int:
                     "weight_bytes": m.weight_bytes, "description": m.description, "rate_levels": m.levels,
                     "regimes": m.regimes, "rates": m.rates, **m.figures} for m in models]
         published = [{"name": p.name, "regime": p.regime, "target_bpp": p.target_bpp, "address": p.address,
-                      "import": p.import_line} for p in PUBLISHED]
+                      "import": p.import_line, "finetune": p.finetune_line} for p in PUBLISHED]
         print(json.dumps(shipped + published))
         return 0
     for m in models: print(m)
-    print("\nCheckpoints of the published PyTorch HiFiC, about 2 GB each: download one in a browser, then import it.")
-    for p in PUBLISHED: print(f"{p.name:<12}{p.target_bpp:.2f} bpp   {p.address}\n  {p.import_line}")
+    print("\nCheckpoints of the published PyTorch HiFiC, about 2 GB each: download one in a browser, then import it or train on.")
+    for p in PUBLISHED: print(f"{p.name:<12}{p.target_bpp:.2f} bpp   {p.address}\n  {p.import_line}\n  {p.finetune_line}")
     return 0
 
 
@@ -235,7 +259,7 @@ def import_command(args) -> int:
     import torch
 
     from hific_nb.model import save_model
-    from hific_nb.zoo import import_published
+    from hific_nb.zoo import import_published, write_card
 
     if (args.folder/"config.json").exists() and not args.force:
         raise HificError(f"{args.folder} holds a model: give --force to overwrite it, or another folder.")
@@ -243,6 +267,8 @@ def import_command(args) -> int:
         warnings.simplefilter("ignore", UserWarning)  # what it would say is printed below
         model = import_published(args.checkpoint)
     save_model(model, args.folder, torch.float16 if args.half else torch.float32)
+    (args.folder/"card.json").unlink(missing_ok=True)  # of another model
+    write_card(args.folder, objective=model.objective)
     c, size = model.config, (args.folder/"weights.safetensors").stat().st_size
     print(f"{args.checkpoint} -> {args.folder}  {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
           f"{size / 1e6:.0f} MB, {c.latent_channels} latent channels, {c.n_residual_blocks} residual blocks, {c.likelihood}, "
@@ -441,6 +467,9 @@ def explore_command(args) -> int:
         if model is None: continue  # the page has its own
         settings[variable] = str(Path(model).resolve()) if Path(model).is_dir() else model
         load_pretrained(settings[variable])
+    if args.page == "what_the_gan_adds" and (args.base or args.model):
+        from hific_nb.widgets import GeneratorPair
+        GeneratorPair(settings.get("HIFIC_STAGE1_MODEL"), settings.get("HIFIC_EXPLORE_MODEL", "hific-lite-gan"))  # of one file
     if args.input is not None:
         read_image(args.input, args.max_pixels)
         settings["HIFIC_EXPLORE_PICTURE"] = str(args.input.resolve())
@@ -480,7 +509,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     def files(sub, what):
         sub.add_argument("input", type=_place, help=what)
-        sub.add_argument("-o", "--out", type=_place, help="file or folder for the results; default: beside the inputs")
+        sub.add_argument("-o", "--out", type=_out, help="file or folder for the results; default: beside the inputs")
         sub.add_argument("--force", action="store_true", help="overwrite results that exist")
 
     memory = "what networks and latents may take beside the picture, such as 2GB: a larger one goes in pieces (default 1GiB)"
@@ -489,7 +518,7 @@ def build_parser() -> argparse.ArgumentParser:
     files(sub, "a picture or a folder of pictures, or the address of such (s3://..., https://...)")
     sub.add_argument("--reconstruct", action="store_true", help="write PNGs of the reconstructions, without entropy coding")
     wanted = sub.add_mutually_exclusive_group()
-    wanted.add_argument("--quality", type=_literal,
+    wanted.add_argument("--quality", type=_quality,
                         help="0 ... 100, or low, med, high; for models with rate levels, as the next two")
     wanted.add_argument("--bpp", type=float, help="bits per pixel to come as near to as the model can")
     wanted.add_argument("--max-bytes", type=_positive, help="bytes that a file may have at most")
@@ -528,8 +557,9 @@ def build_parser() -> argparse.ArgumentParser:
         sub.usage = f"hific {name} [--NAME VALUE ...]"
         for p, default in defaults.items():
             note = f"{notes.get(p, '')} (default: {default!r})".replace("%", "%%").strip()
-            sub.add_argument(f"--{p.replace('_', '-')}", dest=p, type=str if isinstance(default, str) else _literal,
-                             default=argparse.SUPPRESS, metavar="VALUE", help=note)
+            about = dict(dest=p, type=str if isinstance(default, str) else _literal, default=argparse.SUPPRESS, metavar="VALUE")
+            sub.add_argument(f"--{p.replace('_', '-')}", help=note, **about)
+            if "_" in p: sub.add_argument(f"--{p}", help=argparse.SUPPRESS, **about)  # the job's name, and the published code's
     sub = command("evaluate", evaluate_command, "Compare models and baselines on a folder of photos, from real files.")
     sub.add_argument("input", type=_place, help="a folder of photos, or one photo, or the address of such")
     sub.add_argument("-o", "--out", type=Path, default=Path("outputs/evaluate"),
@@ -568,10 +598,23 @@ def _place(text: str) -> Path | str:
     except HificError as error: raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def _out(text: str) -> Path | str:
+    "A file or a folder; a slash says that it is a folder, which is made."
+    place = _place(text)
+    if isinstance(place, Path) and text.endswith(("/", os.sep)):
+        try: place.mkdir(parents=True, exist_ok=True)
+        except OSError as error: raise argparse.ArgumentTypeError(f"cannot make the folder {text}: {error.strerror}") from None
+    return place
+
+
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1: raise ValueError
-    return value
+    if not text.isdecimal() or int(text) < 1: raise argparse.ArgumentTypeError(f"a whole number from 1 on, not {text!r}")
+    return int(text)
+
+
+def _quality(text: str) -> float | str:
+    try: return float(text) if "." in text else int(text)
+    except ValueError: return text
 
 
 def _box(text: str) -> tuple[int, ...]:
@@ -581,8 +624,16 @@ def _box(text: str) -> tuple[int, ...]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     "The command `hific`: exit status 0, or 1 after one line for each file or setting that failed, or 130 after Ctrl-C."
+    for stream in (sys.stdout, sys.stderr):  # a file's name need not be text
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
     args = build_parser().parse_args(arguments)
-    try: return 1 if args.function(args) else 0
+    try:
+        status = 1 if args.function(args) else 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # who read it has seen enough; nothing more is said when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except HificError as error:
         print(f"hific: {error}", file=sys.stderr)
         return 1

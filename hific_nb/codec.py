@@ -11,6 +11,7 @@ __all__ = ['MAX_PIXELS', 'TILE_SIDE', 'TILED_FROM', 'MEMORY', 'PIECE', 'REFINING
 import copy
 import io
 import math
+import numbers
 import operator
 import os
 import re
@@ -24,7 +25,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -33,11 +33,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .coders import CoderUnavailableError, Decoder, UnknownCoderError, coder_name, get_coder
-from .config import (REGIMES, HificError, ModelConfig, Objective, file_size, is_url, lambda_for_target, open_file,
+from .config import (REGIMES, HificError, ModelConfig, Objective, atomic_file, file_size, is_url, lambda_for_target,
                              write_atomic)
 from .data import ImageError, _pillow_rules, _rawmode, read_image, split_alpha, tensor_to_image
 from .hfc import (ICC_PROFILE, TILE_UNIT, CorruptError, HfcError, HfcFile, HfcReader, ModelMismatchError, Tile,
-                          TooLargeError, check_model, pack, read_hfc, write_hfc)
+                          TooLargeError, check_model, open_hfc, pack, read_hfc, write_hfc)
 from .hyperprior import (HYPER_DOWNSAMPLING, HYPERLATENT_BOUND, PredictedMixtures, exact_synthesis, read_symbols,
                                  symbol_parts)
 from .metrics import bpp, image_metrics
@@ -367,7 +367,7 @@ class _Pixels:
         if vips is not None:
             self.image, self.size, self.alpha = vips, vips.size, None
             return
-        if type(image) is not Image.Image or image.mode not in ("RGB", "RGBA") or image.width * image.height > max_pixels \
+        if type(image) is not Image.Image or image.mode not in ("RGB", "RGBA") or not 0 < image.width * image.height <= max_pixels \
                 or image.info.keys() & {"icc_profile", "transparency"} or image.getexif().get(0x0112, 1) != 1:
             image = read_image(image, max_pixels)  # a plain picture in memory need not be copied
         self.image, self.size = image, image.size
@@ -419,7 +419,7 @@ class Codec:
     the networks in pieces.
     """
     def __init__(self, model: Model, *, name: str | None = None, device: str | None = None, dtype: torch.dtype | None = None,
-                 coder: str = "rans", max_pixels: int = MAX_PIXELS, memory: int | str = MEMORY):
+                 coder: str = "rans", max_pixels: int | None = None, memory: int | str = MEMORY):
         try:
             self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
             if self.device.type not in ("cpu", "cuda"): raise RuntimeError("exact table indexes need float64")
@@ -432,7 +432,8 @@ class Codec:
             raise CodecError(f"dtype must be a floating-point torch.dtype such as torch.float32, not {dtype!r}.")
         self.coding = getattr(model, "coding", None) or Coding.from_model(model)
         self.fingerprint = model_fingerprint(model, self.coding)
-        self.name, self.dtype, self.coder, self.max_pixels = name, dtype, get_coder(coder), max_pixels
+        self.name, self.dtype, self.coder = name, dtype, get_coder(coder)
+        self.max_pixels = MAX_PIXELS if max_pixels is None else max_pixels
         self.memory = memory_bytes(memory)
         self.index_synthesis = exact_synthesis(model.Hyperprior, self.coding.scales).to(self.device)
         self._hyper_margin = (reach(getattr(model.Hyperprior, "synthesis_std", None) or torch.nn.Identity()) or (2,))[0]
@@ -484,6 +485,12 @@ class Codec:
 
     def _picture(self, image, streams: dict[str, bytes], budget: float = float("inf")) -> _Pixels:
         "The picture to read from; with a colour profile, one whose colours stay as they are."
+        for name, content in streams.items():
+            if not isinstance(content, (bytes, bytearray)):
+                raise CodecError(f"The stream {name!r} must be bytes, not {type(content).__name__}.")
+            if isinstance(name, str) and name[:1].isupper():  # of those, this release knows none
+                raise CodecError(f"A capital begins the name of a stream that a reader must understand, and this release could "
+                                 f"not: write {name.lower()!r}, not {name!r}.")
         if ICC_PROFILE in streams and not isinstance(image, Tensor):
             if not isinstance(image, Image.Image) or image.mode not in ("RGB", "RGBA"):
                 raise ImageError("With a colour profile, give the pixels it belongs to: a PIL image in mode RGB or RGBA, or a "
@@ -583,7 +590,7 @@ class Codec:
 
     def _room(self, shape: tuple[int, ...], budget: int) -> Tensor:
         "Room for float32 numbers: memory, or a file that the system takes from memory when it must."
-        if 4 * np.prod(shape, dtype=float) <= budget / 2: return torch.empty(shape, device=self.device)
+        if 4 * np.prod(shape, dtype=float) <= budget / 2: return torch.empty(shape, dtype=torch.float32, device=self.device)
         return torch.from_numpy(np.memmap(tempfile.TemporaryFile(), np.float32, "w+", shape=shape))
 
     def _with_thumbnail(self, analysis: Analysis, pixels: _Pixels, tile: int | None, thumbnail: bool | None) -> Analysis:
@@ -666,7 +673,7 @@ class Codec:
         threads and versions of PyTorch; any decoder reads them.
         Raises `PerceptualError` where LPIPS has no weights, `CodecError` for steps that are no whole number from 1 on.
         """
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        if isinstance(steps, bool) or not isinstance(steps, numbers.Integral) or steps < 1:
             raise CodecError(f"The steps of a refinement must be a whole number from 1 on, not {steps!r}.")
         from hific_nb.refinement import descend, get_distances, view_distance
 
@@ -735,7 +742,8 @@ class Codec:
     def _collected(self, parts: Iterator[tuple], z: Tensor, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, Tensor]:
         "Symbols, indexes and y_hat of all latents from those of areas: (rows, columns, symbols, indexes, y_hat) each."
         shape = self.model.config.latent_channels, *size
-        symbols, y_hat, indexes = np.empty(shape, np.int32), torch.empty((1, *shape), device=self.device), None
+        symbols, indexes = np.empty(shape, np.int32), None
+        y_hat = torch.empty((1, *shape), dtype=torch.float32, device=self.device)
         for rows, columns, some, rows_of_tables, y in parts:
             area = _slices(rows, columns)
             symbols[area], y_hat[area] = some, y
@@ -915,7 +923,7 @@ class Codec:
     def _frame(self, picture: Analysis | Latents, tile: int | None, level: int | None = None) -> HfcFile:
         "The file of a picture, with nothing coded yet: its tiles are known."
         if tile is None: tile = TILE_SIDE if picture.width * picture.height > TILED_FROM else 0
-        if tile % TILE_UNIT or tile < 0:
+        if isinstance(tile, bool) or not isinstance(tile, numbers.Integral) or tile % TILE_UNIT or tile < 0:
             raise CodecError(f"The side of tiles must be a multiple of {TILE_UNIT} pixels, or 0 for none, not {tile!r}.")
         return HfcFile(picture.width, picture.height, self.fingerprint, self.coder.id, b"",
                        None if picture.alpha is None else b"", level, tile // TILE_UNIT or None, (), picture.streams)
@@ -962,8 +970,9 @@ class Codec:
         as near to as a level does; max_bytes, which the file is never above. `CodecError` where that cannot be had.
         tile: side of the tiles in pixels, a multiple of 64; 0 for none; None for tiles of 512 above four megapixels.
         thumbnail: whether the file carries a small picture, 1/40 as wide; None for one in a file with tiles.
-        streams: named streams for the file to carry, such as "exif". With an ICC profile as "iccp" the colours of a PIL image or a
-        tensor are stored as they are, in that profile; without one, pictures are converted to sRGB.
+        streams: named streams for the file to carry, bytes, such as "exif"; names begin with a small letter. With an ICC profile as
+        "iccp" the colours of a PIL image or a tensor are stored as they are, in that profile; without one, pictures are converted
+        to sRGB.
         memory: in place of the codec's. A picture that needs more goes through the encoder in pieces; a TIFF, and with the extra
         `[large]` a JPEG or PNG, is read in parts where it would take more by itself.
         refine: steps of gradient descent on the latents, for a picture that is nearer at the same size (room 12); 40 do most of it,
@@ -987,7 +996,8 @@ class Codec:
         model = other if isinstance(other, Model) else load_pretrained(other)
         coding = getattr(model, "coding", None) or Coding.from_model(model)
         if not _same_latents(model, self.model, coding, self.coding):
-            raise CodecError("The other model differs in more than encoder and generator: this one would read its files wrongly.")
+            raise CodecError("The other model differs in more than encoder and generator: this one would read its files wrongly. "
+                             "Training on with train_encoder False keeps all else.")
         self._readable.add(model_fingerprint(model, coding))
         return self
 
@@ -1084,7 +1094,7 @@ class Codec:
             file = read_hfc(data, self.max_pixels)
             return self._decode(file, file.tiles.__getitem__, None, self._budget(memory))
         if box is not None and thumbnail: raise CodecError("Ask for a box or for the thumbnail, not for both.")
-        with _opened(data) as stream:
+        with open_hfc(data) as stream:
             reader = HfcReader(stream, REGIONS * self.max_pixels)
             file = reader.file
             if thumbnail: return self._thumbnail(data, file, memory)
@@ -1117,7 +1127,7 @@ class Codec:
 
             def y_hat(rows, columns):
                 shape = 1, self.model.config.latent_channels, rows[1] - rows[0], columns[1] - columns[0]
-                out = torch.empty(shape, device=self.device)
+                out = torch.empty(shape, dtype=torch.float32, device=self.device)
                 for r, c, _, _, y in self._decode_tiles(file, once, z, (rows, columns)):
                     area = _common(r, rows), _common(c, columns)
                     out[_slices(*area, (rows[0], columns[0]))] = y[_slices(*area, (r[0], c[0]))]
@@ -1133,7 +1143,7 @@ class Codec:
         `max_pixels` holds here, too, for time and disk. Where a file cannot be written: `HificError`.
         """
         path, budget = Path(path), self._budget(memory)
-        with _opened(data) as stream:
+        with open_hfc(data) as stream:
             reader = HfcReader(stream, REGIONS * self.max_pixels)
             file = reader.file
             left, top, right, bottom = self._check_box_size(box, file)
@@ -1143,24 +1153,9 @@ class Codec:
             strips = (self._decode(file, reader.tile, (left, a, right, b), budget) for a, b in zip(edges, edges[1:]))
             size = right - left, bottom - top
             if file.tile is None: strips = iter([self._decode(reader.whole(), reader.tile, box, budget)])
-            temporary = None
-            try:
-                with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False) as out:
-                    temporary = out.name
-                    for part in _png_parts(strips, size, "RGB" if file.alpha is None else "RGBA", file.streams.get(ICC_PROFILE)):
-                        out.write(part)
-                    out.flush()
-                    os.fsync(out.fileno())
-                umask = os.umask(0)
-                os.umask(umask)
-                os.chmod(temporary, 0o666 & ~umask)
-                os.replace(temporary, path)
-                temporary = None
-            except OSError as error:
-                raise HificError(f"Cannot write {path}: {error.strerror or error}. Check the folder, its permissions and the space "
-                                 "left on the disk.") from error
-            finally:
-                if temporary is not None: Path(temporary).unlink(missing_ok=True)
+            with atomic_file(path) as out:
+                for part in _png_parts(strips, size, "RGB" if file.alpha is None else "RGBA", file.streams.get(ICC_PROFILE)):
+                    out.write(part)
         return size
 
     def _thumbnail(self, data, file: HfcFile, memory: int | str | None) -> Image.Image:
@@ -1194,8 +1189,8 @@ def _same_latents(a: Model, b: Model, coding_a: Coding, coding_b: Coding) -> boo
 
 
 def _number(name: str, value, least: float = 1e-9, most: float = 1e18) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
-        raise CodecError(f"{name} must be a number {'above 0' if least else f'in 0 ... {most}'}, not {value!r}.")
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not least <= value <= most:
+        raise CodecError(f"{name} must be a number {'above 0' if least else f'in 0 ... {most}'} and finite, not {value!r}.")
     return value
 
 
@@ -1235,17 +1230,6 @@ def _check_box(box, size: tuple[int, int]) -> tuple[int, int, int, int]:
 
 
 def _to_image(x: Tensor) -> Image.Image: return tensor_to_image(torch.nan_to_num(x[0].float()))
-
-
-@contextmanager
-def _opened(data: bytes | str | os.PathLike) -> Iterator[BinaryIO]:
-    "A binary file of bytes, or the one at a path."
-    if isinstance(data, (bytes, bytearray, memoryview)):
-        yield io.BytesIO(data)
-        return
-    try: stream = open_file(data)
-    except OSError as error: raise HfcError(f"Cannot read {os.fspath(data)}: {error.strerror or error}.") from error
-    with stream: yield stream
 
 
 @contextmanager
@@ -1323,9 +1307,8 @@ def file_info(data: bytes | str | os.PathLike) -> dict:
     level (None for a model of one rate), coder (name, or id where it is unknown), payload_bytes, alpha_bytes (None without
     alpha; 0 where opaque), tile (side in pixels, None without), tiles (how many), streams (name -> bytes of each).
     """
-    file = read_hfc(data)
+    with open_hfc(data) as stream: file, size = read_hfc(stream), stream.seek(0, io.SEEK_END)
     coder = coder_name(file.coder) or file.coder  # its package need not be here
-    size = len(data) if isinstance(data, (bytes, bytearray, memoryview)) else file_size(data)
     return dict(width=file.width, height=file.height, bytes=size, bpp=8 * size / file.pixels,
                 model=name_of_fingerprint(file.fingerprint), fingerprint=file.fingerprint.hex(), level=file.level, coder=coder,
                 payload_bytes=len(file.payload) + sum(len(tile.payload) for tile in file.tiles),

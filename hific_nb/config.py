@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MODEL_PRESETS', 'PERCEPTUAL', 'REALISM_FEATURES', 'REGIMES', 'MODEL_TYPES', 'HificError', 'ConfigError', 'is_url',
-           'local_or_url', 'open_file', 'read_file', 'file_size', 'find_urls', 'join_path', 'path_name', 'write_atomic',
-           'ModelConfig', 'model_preset', 'lambda_for_target', 'Objective', 'TrainConfig', 'find_job', 'job_parameters',
-           'check_names', 'check_parameters']
+           'local_or_url', 'open_file', 'read_file', 'file_size', 'find_urls', 'join_path', 'path_name', 'atomic_file',
+           'write_atomic', 'ModelConfig', 'model_preset', 'lambda_for_target', 'Objective', 'TrainConfig', 'find_job',
+           'job_parameters', 'check_names', 'check_parameters']
 
 # %% ../nbs/00_config.ipynb #df4b3f1b
 import ast
@@ -17,7 +17,7 @@ import json
 import math
 import os
 import re
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -138,12 +138,15 @@ class _RemoteFile(io.RawIOBase):
 
 
 def open_file(path: str | os.PathLike) -> BinaryIO:
-    """A local path or an address, opened for reading in binary; it can be seeked, and only what is read is fetched.
+    """A local path or an address, opened for reading in binary; it can be seeked, and only what is read is fetched. A pipe is read.
 
     Raises `OSError` as `open` does, and `HificError` for an address whose package is not installed.
     """
     path = local_or_url(path)
-    return open(path, "rb") if isinstance(path, Path) else io.BufferedReader(_RemoteFile(path), 1 << 16)
+    if not isinstance(path, Path): return io.BufferedReader(_RemoteFile(path), 1 << 16)
+    file = open(path, "rb")
+    if file.seekable(): return file
+    with file: return io.BytesIO(file.read())
 
 
 def read_file(path: str | os.PathLike) -> bytes:
@@ -193,6 +196,34 @@ def path_name(path: Path | str) -> str:
     return path.rstrip("/").rsplit("/", 1)[-1]
 
 # %% ../nbs/00_config.ipynb #604f59b8
+def _temporary_stem(name: str) -> str:
+    "What the temporary file of a result is named by: the result's own name, as far as there is room beside what makes it unique."
+    return name.encode("utf-8", "surrogateescape")[:220].decode("utf-8", "ignore")
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A binary file to write to, which takes the place of `path` once the block has ended, and is gone if it fails.
+
+    A symbolic link stays, and what it points to is replaced. A full disk, a missing folder and a `path` that is a pipe or a device
+    raise `HificError`; an existing file is then as it was.
+    """
+    place = Path(os.path.realpath(path))
+    if place.exists() and not (place.is_file() or place.is_dir()):
+        raise HificError(f"Cannot write {path}: it is no file but a pipe or a device. Name a file.")
+    temporary = place.with_name(f".{_temporary_stem(place.name)}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o666), "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, place)
+    except OSError as error:
+        raise HificError(f"Cannot write {path}: {error.strerror or error}. Check the folder, its permissions and the "
+                         "space left on the disk.") from error
+    finally: temporary.unlink(missing_ok=True)
+
+
 def write_atomic(path: str | os.PathLike, data: bytes) -> Path | str:
     """Write `data` to `path` so that at every moment the old file or the new one is there, whole; returns the path.
 
@@ -201,23 +232,7 @@ def write_atomic(path: str | os.PathLike, data: bytes) -> Path | str:
     """
     path = local_or_url(path)
     if isinstance(path, str): return _upload(path, data)
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False) as f:
-            temporary = f.name
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # NamedTemporaryFile makes private files; results are ordinary ones
-        os.replace(temporary, path)
-        temporary = None
-    except OSError as error:
-        raise HificError(f"Cannot write {path}: {error.strerror or error}. Check the folder, its permissions and the "
-                         "space left on the disk.") from error
-    finally:
-        if temporary is not None: Path(temporary).unlink(missing_ok=True)
+    with atomic_file(path) as f: f.write(data)
     return path
 
 

@@ -93,7 +93,7 @@ def _opened(source, limit: int):
         name, file = str(getattr(source, "name", "The image")), source
         if not (hasattr(file, "seekable") and file.seekable()): file = io.BytesIO(file.read())
     elif isinstance(source, (str, os.PathLike)):
-        name = os.fspath(source)
+        name = os.fspath(source) or "''"
         try: file = io.BytesIO(read_file(source)) if is_url(source) else open_file(source)
         except FileNotFoundError: raise ImageError(f"{name} does not exist: check the path.") from None
         except IsADirectoryError: raise ImageError(f"{name} is a folder, not an image: name a file in it.") from None
@@ -109,7 +109,8 @@ def _opened(source, limit: int):
         except Image.UnidentifiedImageError:
             file.seek(0)
             if file.read(3) == b"\x89HF":
-                raise ImageError(f"{name} is a .hfc file: import hific_nb.pillow first, and it is read as a picture.") from None
+                raise ImageError(f"{name} is a .hfc file: hific decompress makes a picture of it. In Python, import "
+                                 "hific_nb.pillow first, and it is read as one.") from None
             raise ImageError(f"{name} is not an image that Pillow can read: convert it to PNG or JPEG.") from None
         except HificError as error: raise ImageError(f"{name}: {error}") from error  # a .hfc file, which says what is wrong
         except Exception as error:
@@ -233,8 +234,9 @@ def read_image(source, max_pixels: int | None = None) -> Image.Image:
     """A photo as 8-bit sRGB: upright, the first frame, mode "RGB", or "RGBA" where the source has transparency.
 
     `source`: a path or an address, the bytes of a file, a binary file object (read from its beginning, left open), or a PIL image
-    (left as it was). The content decides the format, never the extension. EXIF orientation is applied; an ICC profile
-    is converted to sRGB (relative colorimetric, black point compensation), a broken one is ignored with a warning.
+    (left as it was; of several frames, the one that it is at). The content decides the format, never the extension. EXIF
+    orientation is applied; an ICC profile is converted to sRGB (relative colorimetric, black point compensation), a broken one is
+    ignored with a warning.
     16-bit grey (modes I;16 and I) is divided by 257; float grey is taken as 0..1 if it nowhere exceeds 1, else as
     0..255. 16-bit RGB keeps the high bytes, as Pillow reads it. The result carries no metadata.
 

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from . import __version__
 from .baselines import BASELINES, Baseline, get_baseline
 from .codec import MAX_PIXELS, Codec
-from .config import HificError, is_url, local_or_url, read_file, write_atomic
+from .config import REGIMES, HificError, is_url, local_or_url, read_file, write_atomic
 from .data import find_images, image_to_tensor, read_image, split_alpha
 from .metrics import InceptionFeatures, bpp, frechet_distance, kernel_distance, ms_ssim, patches, psnr
 from .perceptual import FeatureStack, LPIPS, PerceptualError, find_weights
@@ -265,7 +265,8 @@ class Contender:
 
     codec: `compress(image)`, or `compress(image, quality=...)` where it has qualities, and `decompress(bytes)`. qualities:
     those to evaluate, (None,) for a codec of one rate. identity: what a record depends on beside the photo: the model's
-    fingerprint, or the library's version and a hash of what it makes of a sample. refine: as in `Codec.compress`.
+    fingerprint, or the library's version and a hash of what it makes of a sample. refine: as in `Codec.compress`. spec: what it
+    was asked for by.
     """
     label: str
     codec: object
@@ -273,6 +274,7 @@ class Contender:
     extension: str
     identity: dict
     refine: int = 0
+    spec: object = None
 
     def compress(self, image: Image.Image, quality) -> bytes:
         "The file of an RGB picture."
@@ -306,13 +308,20 @@ def _load(spec, device: str | None, max_pixels: int):
     return codec, label
 
 
+def _quality_number(codec: Codec, quality: float | str) -> float:
+    "A quality as a number in 0 ... 100, that of a regime's name included; raises `CodecError` for what the model does not have."
+    level = codec.level_of(quality)
+    return 100 * level / (codec.levels - 1) if isinstance(quality, str) else quality
+
+
 def find_contenders(codecs, qualities: dict[str, Sequence] | None = None, device: str | None = None,
                     max_pixels: int = MAX_PIXELS) -> list[Contender]:
     """Codecs ready to be evaluated.
 
     codecs: names of baselines, of shipped models, model folders, or objects with `compress` and `decompress`; or a dict
     {label: one of these}. "+refine40" behind a model's name asks for that many steps of refinement (room 12). qualities:
-    {label or name: those to evaluate}; else a baseline's defaults, and nine over the range of a model with levels.
+    {label or name: those to evaluate}; else a baseline's defaults, and nine over the range of a model with levels, whose regimes'
+    names, such as "low", are qualities as well.
     """
     if isinstance(codecs, (str, os.PathLike)): codecs = [codecs]
     given = list(codecs.items()) if isinstance(codecs, dict) else [(None, spec) for spec in codecs]
@@ -339,6 +348,7 @@ def find_contenders(codecs, qualities: dict[str, Sequence] | None = None, device
             known = tuple(getattr(codec, "qualities", ())) or None
             usual = known or (None,)
         chosen = tuple(dict.fromkeys(qualities[asked])) if asked else tuple(usual)
+        if isinstance(codec, Codec) and many: chosen = tuple(_quality_number(codec, q) for q in chosen)
         used.add(asked)
         if not chosen: raise EvaluationError(f"{label} has no qualities to evaluate: name at least one.")
         wrong = [q for q in chosen if known is not None and q not in known]
@@ -351,7 +361,7 @@ def find_contenders(codecs, qualities: dict[str, Sequence] | None = None, device
         if isinstance(codec, Baseline):  # what it makes of a picture tells settings apart that share a name
             identity["sample"] = _sha256(codec.compress(_sample(), codec.qualities[len(codec.qualities) // 2]))[:16]
         extension = ".hfc" if isinstance(codec, Codec) else getattr(codec, "extension", ".bin")
-        found.append(Contender(label, codec, chosen, extension, identity, int(refined[2]) if refined else 0))
+        found.append(Contender(label, codec, chosen, extension, identity, int(refined[2]) if refined else 0, spec))
     stray = set(qualities) - used
     if stray: raise EvaluationError(f"There are qualities for {sorted(stray)[0]!r}, which is not among the codecs.")
     return found
@@ -363,12 +373,13 @@ def parse_names(text: str | Sequence[str]) -> list[str]:
 
 
 def parse_qualities(text: str | dict) -> dict[str, list]:
-    "Qualities by codec from a text such as 'jpeg=10,30; webp=5,50'; a dict is taken as it is."
+    "Qualities by codec from a text such as 'jpeg=10,30; hific-lite=low,56.5'; a dict is taken as it is."
     if isinstance(text, dict): return text
     found = {}
     for part in filter(str.strip, text.split(";")):
         name, _, values = part.rpartition("=")
-        try: found[name.strip()] = [float(v) if "." in v else int(v) for v in values.split(",")]
+        values = [value.strip() for value in values.split(",")]
+        try: found[name.strip()] = [v if v in REGIMES else float(v) if "." in v else int(v) for v in values]
         except ValueError: name = ""
         if not name.strip(): raise EvaluationError(f"Qualities are given as 'jpeg=10,30; webp=5,50', not {part.strip()!r}.")
     return found
@@ -666,7 +677,7 @@ def evaluate(photos, codecs, out: str | os.PathLike, *, qualities: dict[str, Seq
     photos: a folder, a file, or a list of files, or addresses of such. codecs, qualities: see `find_contenders`. metrics:
     names of `METRICS`; None takes those whose weights are here. features: for distances between sets, "vgg16", the path of
     Inception's weights, a module with `name` and `channels` from uint8 patches (B, 3, 256, 256) to (B, channels), or None for
-    none. limit: only so many photos, spread over the folder. anchor: label of the codec that the others are compared with;
+    none. limit: only so many photos, spread over the folder. anchor: label or name of the codec that the others are compared with;
     None takes jpeg, else the first with four points or more. workers: photos at a time, in threads that share torch's.
     device: of models and metrics, None as `Codec` takes it. progress(done, total, name of the photo).
 
@@ -677,6 +688,7 @@ def evaluate(photos, codecs, out: str | os.PathLike, *, qualities: dict[str, Seq
     if limit is not None and limit < 1: raise EvaluationError(f"limit must be at least 1, or None for all photos, not {limit}.")
     contenders = find_contenders(codecs, qualities, device, max_pixels)
     points = {c.label: len(c.qualities) for c in contenders}
+    if anchor is not None and anchor not in points: anchor = next((c.label for c in contenders if anchor == c.spec), anchor)
     if anchor is not None and anchor not in points:
         raise EvaluationError(f"The anchor {anchor!r} is not among the codecs: {', '.join(points)}.")
     usual = [label for label, n in points.items() if n >= 4 or label == "jpeg" and n > 1]

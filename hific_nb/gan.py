@@ -150,14 +150,14 @@ def _frozen(module: nn.Module) -> Iterator[None]:
 
 def adversarial_loss(discriminator: nn.Module, recon: Tensor, y_hat: Tensor, kind: str = "non_saturating",
                      share: Tensor | None = None) -> Tensor:
-    """G's loss, a scalar float32: the gradient reaches `recon` (B, 3, H, W) alone, neither D's weights nor the context.
+    """G's loss for each image, (B,) float32: the gradient reaches `recon` (B, 3, H, W) alone, neither D's weights nor the context.
 
     share: (B,) by which the gradient of each image is multiplied, all of it without; the loss itself stays as it is.
     Give D itself, not a wrapper for several devices: those wait for gradients of D, and there are none.
     """
     if share is not None: recon = torch.lerp(recon.detach(), recon, share.to(recon.dtype).view(-1, 1, 1, 1))
     with _frozen(discriminator): logits = discriminator(recon, y_hat)
-    return gan_losses(kind).generator(logits.float())
+    return torch.stack([gan_losses(kind).generator(each.float()) for each in logits.split(1)])
 
 
 def discriminator_loss(discriminator: nn.Module, x: Tensor, recon: Tensor, y_hat: Tensor,

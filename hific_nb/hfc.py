@@ -6,13 +6,14 @@
 __all__ = ['MAX_NUMBER', 'MAGIC', 'VERSION', 'FINGERPRINT_BYTES', 'TILE_UNIT', 'MAX_TILE', 'ICC_PROFILE', 'EXIF', 'XMP',
            'HfcError', 'NotHfcError', 'TruncatedError', 'ChecksumError', 'VersionError', 'UnknownStreamError',
            'ModelMismatchError', 'TooLargeError', 'CorruptError', 'pack_varint', 'unpack_varint', 'Tile', 'HfcFile',
-           'pack', 'Field', 'layout', 'HfcReader', 'unpack', 'check_model', 'read_hfc', 'write_hfc']
+           'pack', 'Field', 'layout', 'HfcReader', 'unpack', 'check_model', 'open_hfc', 'read_hfc', 'write_hfc']
 
 # %% ../nbs/07_hfc.ipynb #d7778521
 import io
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -402,16 +403,30 @@ def check_model(file: HfcFile, fingerprint: bytes, model: str = "this model", ne
                              f"decode it with {load}.")
 
 # %% ../nbs/07_hfc.ipynb #3de4b103
-def read_hfc(source: str | os.PathLike | bytes, max_pixels: int | None = None, known: Iterable[str] = ()) -> HfcFile:
-    """`unpack` of a path, an address or of bytes; of a large file it reads no more than the first section promises.
+@contextmanager
+def open_hfc(source: str | os.PathLike | bytes | BinaryIO) -> Iterator[BinaryIO]:
+    """A file that can be read at any place: at a path or an address, of bytes, or one that is open in binary and stays so.
 
-    A file that cannot be read raises `HfcError` with the system's reason.
+    One that cannot be read raises `HfcError` with the system's reason.
     """
+    if isinstance(source, (bytes, bytearray, memoryview)): file = io.BytesIO(source)
+    elif hasattr(source, "read") and not isinstance(source, io.TextIOBase):
+        file = source if hasattr(source, "seekable") and source.seekable() else io.BytesIO(source.read())
+    elif isinstance(source, (str, os.PathLike)):
+        try: file = open_file(source)
+        except OSError as error: raise HfcError(f"Cannot read {os.fspath(source)}: {error.strerror or error}.") from error
+    else: raise HfcError(f"A .hfc file is a path, bytes or a file that is open in binary, not {type(source).__name__}.")
+    try: yield file
+    finally:
+        if file is not source: file.close()
+
+
+def read_hfc(source: str | os.PathLike | bytes | BinaryIO, max_pixels: int | None = None, known: Iterable[str] = ()) -> HfcFile:
+    "`unpack` of what `open_hfc` takes; of a large file it reads no more than the first section promises. Errors as of both."
     if isinstance(source, (bytes, bytearray, memoryview)): return unpack(source, max_pixels, known)
-    try:
-        with open_file(source) as f: return HfcReader(f, max_pixels, known).whole()
-    except OSError as error:
-        raise HfcError(f"Cannot read {os.fspath(source)}: {error.strerror or error}.") from error
+    with open_hfc(source) as file:
+        try: return HfcReader(file, max_pixels, known).whole()
+        except OSError as error: raise HfcError(f"Cannot read {source}: {error.strerror or error}.") from error
 
 # %% ../nbs/07_hfc.ipynb #11966eda
 def write_hfc(path: str | os.PathLike, data: bytes | HfcFile) -> Path:

@@ -126,7 +126,7 @@ def rate_distortion_loss(out: dict[str, Tensor], x: Tensor, objective: Objective
 
     out: of `Model.forward` for the images x (B, 3, H, W) in 0 ... 1. progress: 0 ... 1 through the training.
     The first is a scalar. perceptual: (recon, x) -> (B,) distances. texture, bias: (B,), of `TextureDistance` and `FeatureBias`.
-    adversarial: loss of the generator against a discriminator, a scalar or (B,).
+    adversarial: (B,), of `gan.adversarial_loss`.
     Without levels, lambda is the switch of Mentzer et al. 2020: the *quantized* rate of the batch decides on it (`batch_bpp`
     where these images are a part of the batch), the *noisy* rate is penalized. With `levels`, the number of a model's rate
     levels, every image has the lambda of its level, and its Lagrangian is divided by lambda ** `objective.level_balance`, by its
@@ -424,7 +424,7 @@ def load_model(folder: str | os.PathLike) -> Model:
                          ) from error
     try:
         if misfit := _misfit(drawing, weights): raise ModelError(misfit)
-        model = Model(config)
+        model = Model(config).float()  # whatever torch's default dtype is
         model.load_state_dict(weights)
         model.coding = Coding.from_tensors({name: t.numpy() for name, t in tables.items()})
         rows, channels = model.coding.hyperlatents.rows, config.hyperprior_channels

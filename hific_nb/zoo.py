@@ -242,6 +242,8 @@ def find_model(name: str | os.PathLike) -> tuple[Path, str]:
     An address of another kind, such as s3://bucket/model, is fetched (`fetch_model`). A `Path` is never looked for on the
     Hub. Raises `UnknownModelError`, and of it `WithdrawnModelError` and `HubError`.
     """
+    if not isinstance(name, (str, os.PathLike)):
+        raise UnknownModelError(f"A model is found by its name, a path or an address, not by {type(name).__name__}.")
     shipped = MODELS_FOLDER/ALIASES.get(str(name), str(name))
     if shipped.parent == MODELS_FOLDER and (shipped/"config.json").is_file(): return shipped, shipped.name
     if is_url(name): return fetch_model(name), path_name(name)
@@ -391,6 +393,12 @@ class PublishedCheckpoint:
         "The command that makes a model folder of the downloaded file."
         return f"hific import path/to/{self.name}.pt models/{self.name.lower()}"
 
+    @property
+    def finetune_line(self) -> str:
+        "The command that goes on training the downloaded file, discriminator included, for the rate that it has."
+        return (f"hific train --warm-start path/to/{self.name}.pt --model-type compression_gan --dataset PHOTOS "
+                f"--run outputs/{self.name.lower()}")
+
 
 _DRIVE = "https://drive.google.com/open?id="
 PUBLISHED = (
@@ -491,6 +499,12 @@ class ImportedModel(Model):
 
     @property
     def model(self) -> Model: return self
+
+    @property
+    def objective(self) -> dict[str, float]:
+        "What its settings say of the `Objective` that it was trained with: target and lambda of its regime, if they name one."
+        regime = self.args.get("regime")
+        return dict(zip(("target_bpp", "lambda_above"), REGIMES[regime])) if isinstance(regime, str) and regime in REGIMES else {}
 
     def discriminator(self) -> Discriminator | None:
         "The discriminator that it was trained with, or None where the checkpoint has none."

@@ -87,6 +87,8 @@ def test_reconstruct_writes_what_decoding_would_give(photos, tmp_path):
 
 @pytest.mark.parametrize("arguments", [
     ["compress", "nowhere.jpg"], ["compress", "."], ["decompress", "nowhere.hfc"], ["decompress", "."], ["info", "nowhere.hfc"],
+    ["compress", "x" * 300 + ".jpg"], ["compress", "http://127.0.0.1:9/x.jpg"], ["compress", "photo.png", "--quality", "none"],
+    ["compress", "photo.png", "--reconstruct", "--metrics"], ["compress", "photo.png", "--reconstruct", "--tile", "64"],
     ["compress", "photo.png", "--model", "hific-large"], ["compress", "photo.png", "--device", "toaster"], ["demo", "nowhere.jpg"]])
 def test_one_sentence_for_a_mistake(arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -96,6 +98,53 @@ def test_one_sentence_for_a_mistake(arguments, tmp_path, monkeypatch, capsys):
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1 and "Traceback" not in err
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_pipes(photos, tmp_path):
+    """In, by the system's name of standard input; out, to a reader who has soon seen enough."""
+    plain = hific("compress", photos / "a.png", "--out", tmp_path / "a.hfc", cwd=tmp_path)
+    def piped(content, *arguments):
+        return subprocess.run([*HIFIC, *map(str, arguments)], input=content, capture_output=True, cwd=tmp_path)
+    done = piped((photos / "a.png").read_bytes(), "compress", "/dev/stdin", "--out", "b.hfc")
+    assert (done.returncode, done.stderr) == (0, b"") and plain.returncode == 0
+    assert (tmp_path / "b.hfc").read_bytes() == (tmp_path / "a.hfc").read_bytes()
+    assert done.stdout.decode().partition("b.hfc  ")[2] == plain.stdout.partition("a.hfc  ")[2] != ""
+    done = piped((tmp_path / "a.hfc").read_bytes(), "decompress", "/dev/stdin", "--out", "b.png")
+    assert (done.returncode, done.stderr) == (0, b"")
+    with Image.open(tmp_path / "b.png") as image: assert image.size == (90, 60)
+    done = piped(b"<html>", "compress", "/dev/stdin", "--out", "c.hfc")
+    assert done.returncode == 1 and done.stderr.decode().count("\n") == 1 and b"not an image" in done.stderr
+    with subprocess.Popen([*HIFIC, "models", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as reader:
+        reader.stdout.close()
+        assert reader.stderr.read() == b"" and reader.wait() == 141
+
+
+def test_what_a_result_is_called(photos, tmp_path, capsys):
+    """An ending says what is in a file, a slash that it is a folder, a link stays a link, and a pipe is no place for a file."""
+    picture = str(photos / "a.png")
+    for arguments, ending in ((["compress", picture, "--out", "a.png"], ".hfc"),
+                              (["compress", picture, "--reconstruct", "--out", "a.hfc"], ".png")):
+        assert main(arguments) == 1 and f"would be a {ending} file" in capsys.readouterr().err
+    assert main(["compress", picture, "--out", f"{tmp_path}/small.v1/"]) == 0 and (tmp_path / "small.v1" / "a.hfc").is_file()
+    target, link = tmp_path / "target.hfc", tmp_path / "link.hfc"
+    target.write_bytes(b"old")
+    link.symlink_to(target)
+    assert main(["compress", picture, "--out", str(link), "--force"]) == 0
+    assert link.is_symlink() and target.read_bytes() == (tmp_path / "small.v1" / "a.hfc").read_bytes()
+    os.mkfifo(tmp_path / "pipe.hfc")
+    assert main(["compress", picture, "--out", str(tmp_path / "pipe.hfc"), "--force"]) == 1
+    assert "a pipe or a device" in capsys.readouterr().err and (tmp_path / "pipe.hfc").is_fifo()
+    long = tmp_path / ("\N{SNOWMAN}" * 83 + ".hfc")  # 253 bytes
+    assert main(["compress", picture, "--out", str(long)]) == 0 and long.read_bytes() == target.read_bytes()
+    assert not [p for p in tmp_path.rglob("*.tmp")]
+
+
+def test_names_that_are_no_text(photos, tmp_path):
+    name = os.fsdecode(b"caf\xe9.png")
+    (photos / "a.png").rename(photos / name)
+    done = subprocess.run([*HIFIC, "compress", os.fsencode(photos / name), "--out", str(tmp_path / "a.hfc")], capture_output=True,
+                          env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"})
+    assert done.returncode == 0 and b"Traceback" not in done.stderr and (tmp_path / "a.hfc").is_file()
 
 
 def test_a_full_disk_keeps_what_was_there(photos, tmp_path):

@@ -377,7 +377,43 @@ def test_named_streams_are_carried(codec, photo, data):
     assert file_info(noted)["streams"] == {"exif": 8, "xmpm": 4} and file_info(data)["streams"] == {}
     assert np.array_equal(np.asarray(codec.decompress(noted)), np.asarray(codec.decompress(data)))
     with pytest.raises(HfcError, match="four letters"): codec.compress(photo, streams={"thumbnail": b""})
-    with pytest.raises(UnknownStreamError, match="'Lock'"): codec.decompress(codec.compress(photo, streams={"Lock": b""}))
+    with pytest.raises(CodecError, match="write 'exif'"): codec.compress(photo, streams={"EXIF": b"Exif"})  # nobody could read it
+    with pytest.raises(CodecError, match="'exif' must be bytes, not str"): codec.compress(photo, streams={"exif": "text"})
+    with pytest.raises(UnknownStreamError, match="'Lock'"): codec.decompress(pack(replace(unpack(data), streams={"Lock": b""})))
+
+
+def test_open_files_are_read_like_paths(codec, data, tmp_path):
+    (tmp_path / "a.hfc").write_bytes(data)
+    expected = codec.decompress(data)
+    with open(tmp_path / "a.hfc", "rb") as file:
+        for source in (file, io.BytesIO(data)):
+            assert np.array_equal(pixels(codec.decompress(source)), pixels(expected)) and not source.closed
+            assert codec.info(source) == file_info(data)
+        assert file_info(file)["bytes"] == len(data)
+    for source in (None, 3, expected, io.StringIO("x")):
+        with pytest.raises(HfcError, match="path, bytes or a file"): codec.decompress(source)
+
+
+def test_numbers_of_numpy_are_numbers(codec, photo):
+    wanted = codec.compress(photo, quality=40, tile=64)
+    assert wanted == codec.compress(photo, quality=np.int64(40), tile=np.int32(64)) == codec.compress(
+        photo, quality=np.float32(40), tile=64)
+    assert len(codec.compress(photo, max_bytes=np.int64(5000))) <= 5000
+    for wrong in (dict(tile=64.0), dict(tile="64"), dict(tile=True), dict(bpp=float("inf")), dict(quality=np.bool_(True))):
+        with pytest.raises(CodecError, match="must be"): codec.compress(photo, **wrong)
+    with pytest.raises(ImageError, match="no pixels"): codec.compress(Image.new("RGB", (0, 10)))
+    with pytest.raises(HificError, match="not by NoneType"): Codec.from_pretrained(None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_torch_s_default_dtype_changes_nothing(codec, photo, data, dtype):
+    expected = codec.decompress(data)
+    torch.set_default_dtype(dtype)
+    try:
+        for own in (codec, Codec.from_pretrained("hific-lite")):
+            assert own.compress(photo) == own.compress(photo, memory="16MiB") == data
+            assert np.array_equal(pixels(own.decompress(data)), pixels(expected))
+    finally: torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("options", [dict(device="cuda:99"), dict(device="toaster"), dict(dtype=torch.int32), dict(dtype="float16"),

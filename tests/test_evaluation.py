@@ -20,7 +20,7 @@ from hific_nb.baselines import BASELINES, get_baseline
 from hific_nb.config import HificError
 from hific_nb.data import find_images, image_to_tensor, read_image, sample_photo
 from hific_nb.evaluation import (DISTS, KODAK_FIGURES, METRICS, EvaluationError, Metric, Records, VGG16Features, bd_rate, evaluate,
-                                 find_contenders, find_metrics, patch_features, rate_difference, register_metric)
+                                 find_contenders, find_metrics, parse_qualities, patch_features, rate_difference, register_metric)
 from hific_nb.metrics import bpp, frechet_distance, kernel_distance, ms_ssim, patches, psnr
 from hific_nb.zoo import figures_table, model_info, save_pretrained
 
@@ -230,6 +230,16 @@ def test_pictures_too_small_and_copies(tmp_path):
     large = next(r for r in result.records if r["photo"] == "large.png" and r["codec"] == "jpeg")
     assert jpeg["ms_ssim"] == large["ms_ssim"] and jpeg["psnr"] is not None and jpeg["photos"] == 2
     json.loads(result.save().read_text())
+
+
+def test_models_and_qualities_go_by_the_names_that_they_have_elsewhere(photos, tmp_path):
+    named, = find_contenders(["hific-lite"], parse_qualities("hific-lite=low, 56.5,high"))
+    assert named.qualities == (22, 56.5, 64) and named.label != "hific-lite" == named.spec
+    with pytest.raises(HificError, match="0 ... 100"): find_contenders(["hific-lite"], {"hific-lite": [150]})
+    with pytest.raises(HificError, match="one of low, med, high"): find_contenders(["hific-lite"], {"hific-lite": ["best"]})
+    result = evaluate(find_images(photos)[:1], ["hific-lite", "jpeg"], tmp_path / "out", metrics=["psnr"], anchor="hific-lite",
+                      qualities={"hific-lite": ["low"], "jpeg": [10]})
+    assert result.anchor == named.label and not result.failed
 
 
 def test_a_model_with_levels_gives_a_curve(photos, tmp_path):

@@ -14,6 +14,7 @@ from hific_nb.model import ModelError
 from hific_nb.training import inherited_objective, train
 from hific_nb.zoo import load_pretrained, model_info, save_pretrained, write_card
 
+from test_import import published
 from tiny import tiny_model
 
 # Twelve steps: from the ninth on, averaging turns a weight of -0.0 that stays into 0.0, which must not reach the model folder.
@@ -62,11 +63,13 @@ def test_models_say_what_they_were_trained_for(tuned, tmp_path):
         assert model_info(kept).objective == model_info(folder).objective
         for source in (folder, folder.parent, kept):  # a model, a run, a copy
             assert inherited_objective(source) == dict(
-                lambda_lowest_rate=6.0, lambda_highest_rate=0.04, level_balance=0.5, k_P=0.0, perceptual="lpips", k_T=0.0, k_B=0.0,
-                realism_features="squeeze", realism_fade=0.0)
+                lambda_lowest_rate=6.0, lambda_highest_rate=0.04, level_balance=0.5, k_M=Objective().k_M, k_P=0.0,
+                perceptual="lpips", k_T=0.0, k_B=0.0, realism_features="squeeze", realism_fade=0.0)
     assert inherited_objective(save_pretrained(tiny_model(levels=True), tmp_path / "silent")) == {}
-    one_rate = save_pretrained(tiny_model(), tmp_path / "one-rate", objective=Objective(k_P=3.0).to_dict())
-    assert model_info(one_rate).objective["k_P"] == 3.0 and inherited_objective(one_rate) == {}
+    one_rate = save_pretrained(tiny_model(), tmp_path / "one-rate", objective=Objective.for_regime("high", k_P=3.0).to_dict())
+    assert inherited_objective(one_rate) == dict(
+        target_bpp=0.45, lambda_above=0.5, lambda_below=0.0625, k_M=Objective().k_M, k_P=3.0, perceptual="lpips", k_T=0.0, k_B=0.0,
+        realism_features="squeeze", realism_fade=0.0)
     write_card(one_rate, objective=["k_P"])
     with pytest.raises(ModelError, match="card.json is damaged"): inherited_objective(one_rate)
 
@@ -89,10 +92,21 @@ def test_a_run_takes_over_what_moves_the_rates(tmp_path):
     shipped = dict(warm_start="hific-lite-base-v1", preset="warm_start")
     mine = dict(k_P=2.0, level_balance=0.0)
     second = dict(k_P=8.0, perceptual="lpips-pair", k_T=2.5, k_B=720.0, realism_features="whole", realism_fade=1.5)
-    painter, plainly = dict(warm_start="hific-lite-gan-v2", preset="warm_start"), dict(k_T=0.0, perceptual="none")
+    painter, plainly = dict(warm_start="hific-lite-gan-v2"), dict(perceptual="none", k_P=1.0)
+    published(tmp_path / "published.pt", args=dict(regime="med"))
+    own = Objective.for_regime("high", k_M=0.01, k_P=3.0, perceptual="ms-ssim")
+    one_rate = dict(warm_start=str(save_pretrained(tiny_model(), tmp_path / "one", objective=own.to_dict())))
+    theirs = dict(warm_start=str(tmp_path / "published.pt"))
     for given, wanted in (({}, {}), (shipped, moved), (shipped | mine, moved | mine),
                           (dict(warm_start=str(folder), preset="warm_start"), moved | dict(level_balance=0.25)),
                           (painter, moved | second | dict(level_balance=0.1)),
-                          (painter | plainly, moved | second | dict(level_balance=0.1) | plainly),
-                          (shipped | dict(preset="hific-lite"), {})):  # a model of one rate has no use for it
+                          (painter | dict(k_T=0.0), moved | second | dict(level_balance=0.1, k_T=0.0)),
+                          (painter | plainly, moved | dict(level_balance=0.1) | plainly),  # nor the terms that want networks
+                          (shipped | dict(preset="hific-lite"), {}),  # a model of one rate has no use for it
+                          (one_rate, dict(target_bpp=0.45, lambda_above=0.5, k_M=0.01, k_P=3.0, perceptual="ms-ssim")),
+                          (one_rate | dict(regime="med", k_M=0.02),
+                           dict(target_bpp=0.3, lambda_above=1.0, k_M=0.02, k_P=3.0, perceptual="ms-ssim")),
+                          (one_rate | dict(target_bpp=0.3), dict(target_bpp=0.3, lambda_above=1.0, k_M=0.01, k_P=3.0,
+                                                                 perceptual="ms-ssim")),
+                          (theirs, dict(target_bpp=0.3, lambda_above=1.0))):
         assert objective(**given) == plain.replace(**wanted), given

@@ -14,6 +14,7 @@ import torch
 from browser import ROOT, explore, jupyterlab, needs_browser, wait_for_kernel
 from PIL import Image
 
+from hific_nb.cli import main
 from hific_nb.codec import Codec, CodecError
 from hific_nb.data import read_image, sample_photo
 from hific_nb.metrics import frechet_distance, kernel_distance, ms_ssim, psnr
@@ -406,6 +407,12 @@ class Page(browser.Page):
         assert float(ring.get_attribute("data-psnr")) == pytest.approx(psnr(original, blend), abs=1e-5)
         assert float(ring.get_attribute("data-value")) == pytest.approx(patch_distance(original, blend), abs=1e-5)
         assert ring.get_attribute("data-name") == way
+
+
+def test_models_of_two_files_are_refused_before_the_page(capsys):
+    assert main(["explore", "--page", "what_the_gan_adds", "--model", "hific-lite", "--base", "hific-lite-base"]) == 1
+    said = capsys.readouterr().err
+    assert "train_encoder False" in said and len(said.splitlines()) == 1
 
 
 @needs_chromium

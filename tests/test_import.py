@@ -16,6 +16,7 @@ from hific_nb.config import ModelConfig
 from hific_nb.data import sample_photo
 from hific_nb.gan import Discriminator
 from hific_nb.model import Model, load_model, save_model
+from hific_nb.training import inherited_objective
 from hific_nb.zoo import PUBLISHED, CheckpointError, ImportedModel, import_published
 
 NARROW = ModelConfig(channels=(4, 6, 8, 10, 12), latent_channels=10, hyperprior_channels=8, n_residual_blocks=2)
@@ -275,6 +276,7 @@ def test_the_command(tmp_path, capsys):
     said = capsys.readouterr()
     assert "Encoder.odd" in said.out and str(folder) in said.out and said.err == ""
     assert same(original, load_model(folder))  # float32: nothing was rounded
+    assert inherited_objective(folder) == inherited_objective(path) == dict(target_bpp=0.14, lambda_above=2.0)
     assert main(["import", str(path), str(folder)]) == 1 and "--force" in capsys.readouterr().err
     assert main(["import", str(path), str(folder), "--half", "--force"]) == 0
     half = load_model(folder)
@@ -293,7 +295,8 @@ def test_models_lists_the_published_files(capsys, shared):
     said = capsys.readouterr().out
     guide = (shared / "reference" / "usage-guide.md").read_text()
     for p in PUBLISHED:
-        assert p.name in said and p.address in said and f"({p.address})" in guide and p.import_line in said
+        assert p.name in said and p.address in said and f"({p.address})" in guide
+        assert p.import_line in said and p.finetune_line in said
     assert main(["models", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
     assert [m["address"] for m in listed if "address" in m] == [p.address for p in PUBLISHED]

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ from hific_nb.data import PhotoCrops, sample_photo
 from hific_nb.model import Model, load_model
 from hific_nb.perceptual import FeatureBias
 from hific_nb.training import (
-    Trainer, TrainingError, _as_meant, _launch_command, _launched_alone, check_memory, prepare_run, step_memory, train)
+    Trainer, TrainingError, _as_meant, _launch_command, _launched_alone, auto_batch_size, check_memory, memory_limit, prepare_run,
+    step_memory, train)
 
 TINY = ModelConfig(transform="light", channels=(8, 8, 12, 16), encoder_blocks=(0, 0, 1, 1), generator_blocks=(0, 0, 1, 1),
                    latent_channels=16, hyperprior_channels=8)
@@ -146,6 +148,29 @@ def test_other_settings_are_refused(photos, uninterrupted):
             train(uninterrupted, photos, **arguments)
 
 
+def test_what_was_wrong_the_first_time_may_be_put_right(photos, tmp_path, monkeypatch):
+    """A folder without a step takes other settings; one that has begun takes those of its log and checkpoints alone."""
+    run, few = tmp_path / "run", SHORT.replace(n_steps=2)
+    with pytest.raises(HificError, match="nowhere"): train(run, tmp_path / "nowhere", TINY, OBJECTIVE, few)
+    with pytest.raises(HificError, match="no-model"): train(run, photos, TINY, OBJECTIVE, few, warm_start="no-model")
+    with monkeypatch.context() as patch:
+        patch.setattr("hific_nb.training.memory_limit", lambda device, processes: 10 ** 6)
+        with pytest.raises(TrainingError, match="Decrease"): train(run, photos, TINY, OBJECTIVE, few.replace(batch_size=64))
+    train(run, photos, TINY, OBJECTIVE, few)
+    before = (run / "metrics.jsonl").read_bytes()
+    train(run, photos, TINY, OBJECTIVE, few.replace(keep_checkpoints=1, checkpoint_minutes=9.0, log_every=2, sample_every=2))
+    assert json.loads((run / "run.json").read_text())["train"]["keep_checkpoints"] == 1
+    with pytest.raises(TrainingError, match="n_steps.*whose warm_start may be"):
+        train(run, photos, TINY, OBJECTIVE, few.replace(n_steps=3))
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_generator_alone_needs_the_latents_of_a_model(photos, tmp_path):
+    with pytest.raises(TrainingError, match="name it by warm_start"):
+        train(tmp_path / "run", photos, TINY, OBJECTIVE, SHORT.replace(train_encoder=False))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_of_an_earlier_version_lacks_fields_that_came_since(photos, tmp_path):
     train(tmp_path / "run", photos, TINY, OBJECTIVE, SHORT.replace(n_steps=2))
     path = tmp_path / "run" / "run.json"
@@ -177,6 +202,30 @@ def test_warm_start_begins_where_the_other_ended(photos, uninterrupted, tmp_path
     assert warm[0]["mse"] < 0.7 * cold[0]["mse"]
     report = json.loads((tmp_path / "warm" / "run.json").read_text())["warm_start_report"]
     assert report["not_loaded"] == report["left_over"] == [] and len(report["loaded"]) == len(Model(TINY).state_dict())
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_a_warm_start_leaves_out_is_said_before_the_first_step(photos, uninterrupted, tmp_path, processes):
+    """And nothing where the model has only grown."""
+    few, said = SHORT.replace(n_steps=1), []
+    with pytest.warns(UserWarning, match="begin anew: Encoder.* left over: Encoder.*leave preset away"):
+        train(tmp_path / "narrow", photos, TINY.replace(latent_channels=12), OBJECTIVE, few, warm_start=uninterrupted, device="cpu",
+              processes=processes)
+    grown = TINY.replace(generator_blocks=(0, 0, 1, 2), rate_levels=5, rate_anchors=2, level_offsets=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        train(tmp_path / "grown", photos, grown, OBJECTIVE, few, warm_start=uninterrupted, device="cpu", processes=processes,
+              on_record=said.append)
+    report = json.loads((tmp_path / "grown" / "run.json").read_text())["warm_start_report"]
+    assert report["grown"] and set(report["not_loaded"]) > set(report["grown"]) and len(said) == 1
+
+
+def test_a_discriminator_of_another_width_is_said_to_begin_anew(photos, uninterrupted, tmp_path):
+    few = SHORT.replace(n_steps=1)
+    train(tmp_path / "gan", photos, TINY, OBJECTIVE, few.replace(**CRITIC), warm_start=uninterrupted)
+    with pytest.warns(UserWarning, match="begin anew: conv"):
+        train(tmp_path / "wider", photos, TINY, OBJECTIVE, few.replace(**CRITIC | dict(discriminator_channels=(6, 8, 8, 8))),
+              warm_start=tmp_path / "gan")
 
 
 def test_stage_2_on_a_frozen_encoder_reads_the_files_of_stage_1(photos, uninterrupted, tmp_path):
@@ -228,6 +277,31 @@ def test_the_adversarial_loss_fades_with_the_rate(monkeypatch, level, fade):
     faded, same = gradient(beta=2.0, realism_fade=fade), gradient(beta=2.0 * max(0, 1 - fade * level / 10))
     assert (faded - same).norm() < 1e-3 * same.norm()
     assert level == 0 or (faded - gradient(beta=2.0)).norm() > 0.05 * same.norm()
+
+
+def test_level_balance_weighs_the_adversarial_loss_as_well(monkeypatch):
+    """With nothing but a discriminator in the objective, an image at the last level pulls as its Lagrangian is weighed."""
+    torch.manual_seed(0)
+    model, batch = Model(TINY.replace(rate_levels=11, rate_anchors=2)), torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    objective = OBJECTIVE.replace(k_M=0.0, k_P=0.0, beta=1.0, lambda_lowest_rate=16.0, lambda_highest_rate=0.25)
+    critic = None
+
+    def gradients(levels, balance):
+        nonlocal critic
+        monkeypatch.setattr(torch, "randint", lambda high, size: torch.tensor(levels))
+        trainer = Trainer(model, objective.replace(level_balance=balance), SHORT.replace(**CRITIC))
+        critic = critic or trainer.discriminator.state_dict()
+        trainer.discriminator.load_state_dict(critic)
+        trainer.gradients(batch)
+        found = torch.cat([p.grad.flatten() for p in model.Generator.parameters()])
+        model.zero_grad()
+        return found
+
+    for level, lmbda in ((0, 16.0), (10, 0.25)):
+        plain, weighed = gradients([level] * 2, 0.0), gradients([level] * 2, 0.5)
+        assert (weighed - plain / lmbda ** 0.5).norm() < 0.01 * weighed.norm()
+    mixed = gradients([0, 10], 0.5)
+    assert (mixed - gradients([0, 10], 0.0) / 4).norm() > 0.1 * mixed.norm()  # each by its own
 
 
 def test_the_statistics_of_features_take_part_in_training(photos, shared, tmp_path, monkeypatch):
@@ -312,14 +386,25 @@ def test_a_full_disk_leaves_the_last_checkpoint(photos, tmp_path):
     (run / "run.json").write_text(json.dumps(about))
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
-    try:
-        with pytest.raises(HificError, match="Cannot write .*step-000000006.pt"):
-            train(run, photos, TINY, OBJECTIVE, SHORT.replace(n_steps=9))
-    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert last.read_bytes() == before and [p.name for p in (run / "checkpoints").iterdir() if p.suffix == ".tmp"] == []
-    train(run, photos, TINY, OBJECTIVE, SHORT.replace(n_steps=9))
-    assert len(records(run)) == 9
+    log, config = run / "metrics.jsonl", SHORT.replace(n_steps=9)
+
+    def limited(most, at_step, **settings):
+        def full(record):
+            if record["step"] == at_step: resource.setrlimit(resource.RLIMIT_FSIZE, (most(), hard))
+        try: train(run, photos, TINY, OBJECTIVE, config.replace(**settings), on_record=full)
+        finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    def checkpoints(): return {p.name: p.read_bytes() for p in (run / "checkpoints").iterdir()}
+
+    with pytest.warns(UserWarning, match="Cannot write .*step-000000006.pt.*goes on, and tries again"), \
+            pytest.raises(HificError, match="Cannot write .*step-000000009.pt"):
+        limited(lambda: len(before) // 2, 6)
+    assert checkpoints()[last.name] == before and all(name.endswith(".pt") for name in checkpoints())
+    with pytest.warns(UserWarning, match="Cannot log step 8 .*goes on"), pytest.raises(HificError, match="step-000000009.pt"):
+        limited(lambda: log.stat().st_size + 20, 7, checkpoint_minutes=9.0)
+    assert [r["step"] for r in records(run)] == [1, 2, 3, 4, 5, 6, 7]  # no half a line
+    train(run, photos, TINY, OBJECTIVE, config)
+    assert [r["step"] for r in records(run)] == [1, 2, 3, 4, 5, 6, 7, 8, 9]
 
 
 def test_a_damaged_checkpoint_falls_back_on_the_one_before(photos, uninterrupted, tmp_path):
@@ -340,9 +425,30 @@ def test_memory_is_estimated_before_it_is_taken(photos, tmp_path, monkeypatch):
     with pytest.raises(TrainingError, match="batch_size.*latent_channels.*hyperprior_channels.*crop_size"):
         check_memory(trainer, 0.0, need["fixed"] + need["per_image"])
     check_memory(trainer, 0.0, need["fixed"] + 2 * need["per_image"])
-    monkeypatch.setattr("hific_nb.training.memory_limit", lambda device: 10 ** 6)
+    monkeypatch.setattr("hific_nb.training.memory_limit", lambda device, processes: 10 ** 6)
     with pytest.raises(TrainingError, match="GB are free"):
         train(tmp_path / "run", photos, TINY, OBJECTIVE, SHORT)
+
+
+def test_a_batch_that_fits_is_found_once(photos, tmp_path, monkeypatch):
+    """For all processes, which share the memory of a machine, and all parts; the same call again gives the batch of the run."""
+    need = step_memory(Trainer(Model(TINY), OBJECTIVE, SHORT.replace(batch_size=1)))
+    free = int((need["fixed"] + 8.5 * need["per_image"]) / 0.8)
+    monkeypatch.setattr("hific_nb.training.memory_limit", lambda device, processes: free // processes)
+    run, few = tmp_path / "run", SHORT.replace(n_steps=1, batch_size=1)
+    def fitting(processes=1, **settings):
+        return auto_batch_size(run, TINY, OBJECTIVE, few.replace(**settings), 0.0, device="cpu", processes=processes)
+    one, two, parts = fitting(), fitting(2), fitting(accumulate=2)
+    assert 7 <= one <= 9 and parts == 2 * one and 2 <= two < one and two % 2 == 0
+    train(run, photos, TINY, OBJECTIVE, few.replace(batch_size=parts, accumulate=2), device="cpu", memory_gb=0.0)
+    assert fitting(accumulate=2) == parts and fitting(2, accumulate=2) == parts
+
+
+def test_processes_share_the_memory_of_a_machine():
+    device, most = torch.device("cpu"), 2 ** 62
+    if memory_limit(device) is None: pytest.skip("the system does not say how much memory is free")
+    alone, shared = memory_limit(device), memory_limit(device, 4)
+    assert 0.15 * alone < shared < 0.4 * alone < most
 
 
 def test_broken_photos_cost_one_warning(photos, tmp_path):
