@@ -701,7 +701,9 @@ def run_bulk(root: str | os.PathLike, out: str | os.PathLike | None, settings: B
 
     suffix, kinds = (".hfc", None) if settings.action == "compress" else (".png", {".hfc"})
     root = local_or_url(root)
-    files = inputs_among(root, find_images(root, kinds) if files is None else files)
+    files = find_images(root, kinds) if files is None else files
+    if settings.action == "compress": files = [f for f in files if f == root or not path_name(f).lower().endswith(".hfc")]
+    files = inputs_among(root, files)
     out = None if out is None else local_or_url(out)
     items = plan(root, files, out, suffix)
     manifest = Manifest(_folder(local_or_url(items[0].target)) if files == [root] else root if out is None else out)

@@ -309,7 +309,7 @@ def run_job(name: str, run: Path, parameters: dict, log=None) -> Path | None:
     """Run the job notebook `name` by papermill with `parameters` and `run`; the executed notebook, `run/name.ipynb`.
 
     None where papermill or the kernel is not installed. An unknown parameter raises `HificError` before anything runs.
-    log: a text file, such as sys.stdout, that gets what the cells print, as they print it.
+    log: a text file, such as sys.stdout, that gets what the cells print, as they print it; what they warn of then goes to stderr.
     """
     path = find_job(name)
     check_names(name, parameters, job_parameters(path))
@@ -321,7 +321,8 @@ def run_job(name: str, run: Path, parameters: dict, log=None) -> Path | None:
     run.mkdir(parents=True, exist_ok=True)
     executed = run/f"{name}.ipynb"
     try: papermill.execute_notebook(str(path), str(executed), {**parameters, "run": str(run)}, kernel_name="python3",
-                                    progress_bar=False, stdout_file=log, extra_arguments=["--IPKernelApp.log_level=ERROR"])
+                                    progress_bar=False, stdout_file=log, stderr_file=log and sys.stderr,
+                                    extra_arguments=["--IPKernelApp.log_level=ERROR"])
     except papermill.PapermillExecutionError as error:
         raise HificError(f"The job stopped: {error.ename}: {error.evalue} (the executed notebook is {executed}).") from error
     trust_notebook(executed)  # so that JupyterLab shows its slider live
@@ -613,8 +614,10 @@ def _positive(text: str) -> int:
 
 
 def _quality(text: str) -> float | str:
-    try: return float(text) if "." in text else int(text)
-    except ValueError: return text
+    for kind in (int, float):
+        try: return kind(text)
+        except ValueError: pass
+    return text
 
 
 def _box(text: str) -> tuple[int, ...]:

@@ -258,6 +258,9 @@ class _Tiff:
         if not page.is_tiled: self.step = min(page.rowsperstrip, page.imagelength), page.imagewidth
         self.crop((0, 0, 1, 1))  # raises for a compression that this tifffile does not know
 
+    def __del__(self):  # tifffile's own objects are in a ring, and wait for the collector with the file open
+        if hasattr(self, "file"): self.file.close()
+
     def crop(self, box: tuple[int, int, int, int]) -> Image.Image:
         "A part as `read_image` gives it: sRGB, RGB or RGBA."
         left, top, right, bottom = box

@@ -342,7 +342,8 @@ def find_images(folder, extensions=None) -> list[Path] | list[str]:
     if found: return found
     wanted = ", ".join(sorted(extensions)) if extensions else ".jpg, .png, .webp, .avif, .tif or other"
     if not extensions and any(path_name(f).lower().endswith(".hfc") for f in files):
-        raise ImageError(f"{folder} holds .hfc files: import hific_nb.pillow first, and they are read as pictures.")
+        raise ImageError(f"{folder} holds .hfc files: hific decompress makes pictures of them. In Python, import hific_nb.pillow "
+                         "first, and they are read as pictures.")
     raise ImageError(f"{folder} holds no images: name a folder with {wanted} files.")
 
 

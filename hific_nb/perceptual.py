@@ -132,7 +132,7 @@ def get_weights(net: str, folder: str | os.PathLike | None = None) -> Path:
         raise PerceptualError(
             f"LPIPS needs the weights {name}, and {ADDRESS + name} cannot be had ({reason}): put the file into a folder and "
             f"name that in HIFIC_LPIPS_WEIGHTS, or into {path.parent}, or go on without: train with perceptual=\"ms-ssim\" or "
-            "\"none\" and k_T and k_B 0, compress without refine. Nothing else needs it.") from error
+            "perceptual=\"none\", and k_T and k_B 0; compress without refine. Nothing else needs it.") from error
     return path
 
 # %% ../nbs/09_perceptual.ipynb #c12e4e5e

@@ -50,10 +50,14 @@ def descend(start: Tensor, bits: Callable[[Tensor], Tensor], distance: Callable[
     """Symbols that are no more bits than round(start), and no further by `distance`.
 
     start: latents minus their means, (1, C, h, w). bits: symbols -> bits of each. distance: symbols, k -> a scalar, seen in
-    another way for each k. weight: of the bits against the distance, to begin with. progress: called after each step.
+    another way for each k. weight: of the bits against the distance, to begin with, unless they would outweigh it: then that was
+    made for another distance. progress: called after each step.
     """
+    def away(symbols): return sum(float(distance(symbols, k)) for k in range(2)) / 2
+
     first = torch.round(start)
-    before = float(bits(first).sum())
+    with torch.no_grad(): before, far = float(bits(first).sum()), away(first)
+    weight = min(weight, far / max(before, 64.0))
     limit = before - max(16.0, 0.002 * before)  # what tables and coder add is not the same for every file
     r = start.clone().requires_grad_()
     adam = torch.optim.Adam([r], lr=FIRST_RATE)
@@ -69,8 +73,7 @@ def descend(start: Tensor, bits: Callable[[Tensor], Tensor], distance: Callable[
         progress()
     with torch.no_grad():
         found = _within(first, torch.round(r), bits, limit)
-        before, after = (sum(float(distance(symbols, k)) for k in range(2)) for symbols in (first, found))
-        return found if after < before else first
+        return found if away(found) < far else first
 
 # %% ../nbs/12_refinement.ipynb #dfdcff92
 SHIFTS = 8  # pixels, along each side, that the views of a distance are apart

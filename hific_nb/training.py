@@ -691,7 +691,9 @@ class _Board:
         if sample is not None: self._writer.add_image("original and reconstruction", sample, record["step"])
 
     def close(self) -> None:
-        if self._writer is not None: self._writer.close()
+        try:
+            if self._writer is not None: self._writer.close()
+        except OSError: pass  # of a full disk: the log has warned of it
 
 
 def _sample(model: Model, crops: list[Tensor], dtype: torch.dtype, side: int = 256) -> Tensor:

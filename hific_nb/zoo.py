@@ -396,8 +396,8 @@ class PublishedCheckpoint:
     @property
     def finetune_line(self) -> str:
         "The command that goes on training the downloaded file, discriminator included, for the rate that it has."
-        return (f"hific train --warm-start path/to/{self.name}.pt --model-type compression_gan --dataset PHOTOS "
-                f"--run outputs/{self.name.lower()}")
+        return (f"hific train --warm-start path/to/{self.name}.pt --model-type compression_gan --regime {self.regime} "
+                f"--dataset PHOTOS --run outputs/{self.name.lower()}")
 
 
 _DRIVE = "https://drive.google.com/open?id="

@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT
 from test_bulk import CPU, table
 
+import hific_nb.pillow  # noqa: F401 - .hfc files are pictures then, and must not be taken for photos all the same
 from hific_nb.bulk import MANIFEST, BulkError, BulkSettings, Manifest, inputs_among, output_paths, run_bulk
 from hific_nb.cli import main
 from hific_nb.codec import Codec
