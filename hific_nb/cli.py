@@ -177,7 +177,7 @@ def compress_command(args) -> int:
 
 def decompress_command(args) -> int:
     "`hific decompress`: `.hfc` files, or a part of each, to PNGs; without --model, each file's own model is loaded."
-    from hific_nb.hfc import HfcFile, HfcReader, ModelMismatchError, open_hfc
+    from hific_nb.hfc import HfcError, HfcFile, HfcReader, ModelMismatchError, open_hfc
     from hific_nb.zoo import name_of_fingerprint
 
     _check_out(args, ".png")
@@ -197,7 +197,9 @@ def decompress_command(args) -> int:
 
     def decompress(source: Path | str, target: Path | str) -> str:
         content = _content(source)
-        with open_hfc(content) as stream: file = HfcReader(stream).file
+        with open_hfc(content) as stream:
+            try: file = HfcReader(stream).file
+            except OSError as error: raise HfcError(f"Cannot read {source}: {error.strerror or error}.") from error
         codec, (left, top, right, bottom) = codec_for(file), args.box or (0, 0, file.width, file.height)
         if (right - left) * (bottom - top) > 2 ** 24 and not args.thumbnail and isinstance(target, Path):
             size = codec.decompress_to(target, content, args.box)

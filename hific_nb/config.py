@@ -209,19 +209,23 @@ def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
     raise `HificError`; an existing file is then as it was.
     """
     place = Path(os.path.realpath(path))
-    if place.exists() and not (place.is_file() or place.is_dir()):
-        raise HificError(f"Cannot write {path}: it is no file but a pipe or a device. Name a file.")
     temporary = place.with_name(f".{_temporary_stem(place.name)}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o666), "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, place)
+        if place.exists() and not (place.is_file() or place.is_dir()):
+            raise HificError(f"Cannot write {path}: it is no file but a pipe or a device. Name a file.")
+        f = open(temporary, "xb")
+        try:
+            with f:
+                yield f
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, place)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
     except OSError as error:
         raise HificError(f"Cannot write {path}: {error.strerror or error}. Check the folder, its permissions and the "
                          "space left on the disk.") from error
-    finally: temporary.unlink(missing_ok=True)
 
 
 def write_atomic(path: str | os.PathLike, data: bytes) -> Path | str:

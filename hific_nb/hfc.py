@@ -426,7 +426,8 @@ def read_hfc(source: str | os.PathLike | bytes | BinaryIO, max_pixels: int | Non
     if isinstance(source, (bytes, bytearray, memoryview)): return unpack(source, max_pixels, known)
     with open_hfc(source) as file:
         try: return HfcReader(file, max_pixels, known).whole()
-        except OSError as error: raise HfcError(f"Cannot read {source}: {error.strerror or error}.") from error
+        except OSError as error:
+            raise HfcError(f"Cannot read {getattr(source, 'name', source)}: {error.strerror or error}.") from error
 
 # %% ../nbs/07_hfc.ipynb #11966eda
 def write_hfc(path: str | os.PathLike, data: bytes | HfcFile) -> Path:

@@ -592,7 +592,7 @@ def _stop_with_kernels_parent(wanted: bool) -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM if wanted else 0)  # PR_SET_PDEATHSIG
 
 # %% ../nbs/14_training.ipynb #9e91735a
-FREELY = ("checkpoint_minutes", "keep_checkpoints", "log_every", "sample_every")
+FREELY = ("checkpoint_minutes", "keep_checkpoints", "log_every", "sample_every")  # what the weights do not depend on
 
 
 def prepare_run(run: str | os.PathLike, dataset: str | os.PathLike, model_config: ModelConfig, objective: Objective,

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from hific_nb.cli import main
+from hific_nb.config import HificError, write_atomic
 from hific_nb.data import sample_photo
 
 
@@ -136,6 +137,8 @@ def test_what_a_result_is_called(photos, tmp_path, capsys):
     assert "a pipe or a device" in capsys.readouterr().err and (tmp_path / "pipe.hfc").is_fifo()
     long = tmp_path / ("\N{SNOWMAN}" * 83 + ".hfc")  # 253 bytes
     assert main(["compress", picture, "--out", str(long)]) == 0 and long.read_bytes() == target.read_bytes()
+    for place in (target / "below a file", photos, tmp_path / ("x" * 300)):
+        with pytest.raises(HificError, match="Cannot write"): write_atomic(place, b"x")
     assert not [p for p in tmp_path.rglob("*.tmp")]
 
 

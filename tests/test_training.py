@@ -445,10 +445,10 @@ def test_a_batch_that_fits_is_found_once(photos, tmp_path, monkeypatch):
 
 
 def test_processes_share_the_memory_of_a_machine():
-    device, most = torch.device("cpu"), 2 ** 62
+    device = torch.device("cpu")
     if memory_limit(device) is None: pytest.skip("the system does not say how much memory is free")
     alone, shared = memory_limit(device), memory_limit(device, 4)
-    assert 0.15 * alone < shared < 0.4 * alone < most
+    assert 0.15 * alone < shared < 0.4 * alone
 
 
 def test_broken_photos_cost_one_warning(photos, tmp_path):
