@@ -13,7 +13,7 @@ from PIL import Image, ImageCms
 from hific_nb.baselines import (BASELINES, Baseline, BaselineError, RateTable, get_baseline, list_baselines, match_bytes,
                                 register_baseline)
 from hific_nb.config import HificError
-from hific_nb.data import find_images, read_image, sample_photo, sample_photo_path
+from hific_nb.data import read_image, sample_photo, sample_photo_path
 from hific_nb.metrics import psnr
 
 FORMATS = {"jpeg": "JPEG", "webp": "WEBP", "avif": "AVIF", "jpegxl": "JXL"}
@@ -197,9 +197,9 @@ except BaselineError as error: print(error)
     assert "pip install 'hific_nb[baselines]'" in done.stdout
 
 
-def test_on_kodak_at_equal_bytes(shared):
+def test_on_kodak_at_equal_bytes(kodak):
     """What everybody knows: AVIF beats WebP beats JPEG in PSNR at equal bytes, and each really has these bytes."""
-    for path in find_images(shared / "data" / "kodak")[3:24:12]:
+    for path in kodak[3:24:12]:
         image = read_image(path).crop((0, 0, 384, 256))
         matches = match_bytes(image, 3500, ["jpeg", "webp", "avif"])
         assert all(0.8 * 3500 < match.bytes <= 3500 for match in matches.values())

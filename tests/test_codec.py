@@ -18,7 +18,7 @@ from hific_nb import Codec, HfcError
 from hific_nb.codec import MAX_PIXELS, CodecError, MissingCoderError, file_info
 from hific_nb.coders import CoderUnavailableError, get_coder
 from hific_nb.config import HificError
-from hific_nb.data import ImageError, find_images, image_to_tensor, read_image, sample_photo
+from hific_nb.data import ImageError, image_to_tensor, read_image, sample_photo
 from hific_nb.hfc import (ChecksumError, CorruptError, HfcFile, HfcReader, ModelMismatchError, NotHfcError, TooLargeError,
                           TruncatedError, UnknownStreamError, VersionError, layout, pack, unpack)
 from hific_nb.zoo import list_models
@@ -43,11 +43,9 @@ def pixels(image):
     return np.asarray(image).astype(int)
 
 
-def test_every_kodak_photo(codec, shared, tmp_path):
-    photos = find_images(shared / "data" / "kodak")
-    assert len(photos) == 24
+def test_every_kodak_photo(codec, kodak, tmp_path):
     total = 0
-    for path in photos:
+    for path in kodak:
         latents = codec.encode_latents(path)
         data = codec.encode(latents)
         file = tmp_path / f"{path.stem}.hfc"

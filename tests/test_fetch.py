@@ -162,9 +162,9 @@ def test_shrinking_as_l3c_does(web, tmp_path):
     assert np.array_equal(np.asarray(found[0]), np.asarray(want))
 
 
-def test_kodak_as_files(web, tmp_path, shared, monkeypatch):
+def test_kodak_as_files(web, tmp_path, kodak, monkeypatch):
     shelf, address = web
-    for path in find_images(shared / "data" / "kodak"): shelf[f"/{path.name}"] = path.read_bytes()
+    for path in kodak: shelf[f"/{path.name}"] = path.read_bytes()
     shelf["/kodim07.png"] = shelf["/kodim08.png"]
     monkeypatch.setattr(data, "_KODAK", (address + "/kodim{:02}.png", data._KODAK[1][:9]))
     counts = fetch_photos("kodak", tmp_path / "run", photos_per_shard=0, drop_flat=False, **QUICK)

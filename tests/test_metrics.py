@@ -12,7 +12,7 @@ from scipy.ndimage import correlate1d
 from skimage.metrics import peak_signal_noise_ratio
 
 from hific_nb.config import HificError
-from hific_nb.data import find_images, image_to_tensor, read_image, sample_photo
+from hific_nb.data import image_to_tensor, read_image, sample_photo
 from hific_nb.metrics import (InceptionFeatures, MetricError, bpp, frechet_distance, ideal_bits, image_metrics, kernel_distance,
                               ms_ssim, patches, psnr)
 
@@ -59,8 +59,8 @@ def test_against_other_implementations(photo, quality):
     assert abs(ms_ssim(photo, pressed) - reference_ms_ssim(photo, pressed)) < 1e-5
 
 
-def test_on_kodak(shared):
-    for path in find_images(shared / "data" / "kodak")[::8]:
+def test_on_kodak(kodak):
+    for path in kodak[::8]:
         image = read_image(path)
         last = None
         for quality in (10, 50, 90):
