@@ -387,7 +387,7 @@ class _Pixels:
     def _check(image: Tensor, max_pixels: int) -> None:
         if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
             raise ImageError(f"A tensor must have the shape (3, H, W), not {tuple(image.shape)}.")
-        if image.dtype != torch.uint8 and not image.is_floating_point():
+        if image.dtype != torch.uint8 and not (image.is_floating_point() and image.element_size() > 1):  # float8 has no arithmetic
             raise ImageError(f"A tensor must be uint8, or float in 0 ... 1, not {image.dtype}.")
         if image.shape[1] * image.shape[2] > max_pixels:
             raise ImageError(f"The tensor has more than max_pixels = {max_pixels} pixels: pass a larger max_pixels.")
@@ -423,6 +423,8 @@ class Codec:
     """
     def __init__(self, model: Model, *, name: str | None = None, device: str | None = None, dtype: torch.dtype | None = None,
                  coder: str = "rans", max_pixels: int | None = None, memory: int | str = MEMORY):
+        if isinstance(model, (str, os.PathLike)):
+            raise CodecError(f"Codec takes a Model; Codec.from_pretrained({model!r}) takes a name or a folder.")
         try:
             self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
             if self.device.type not in ("cpu", "cuda"): raise RuntimeError("exact table indexes need float64")

@@ -89,10 +89,15 @@ def test_kinds_of_input(codec, photo, data, tmp_path):
 
 
 @pytest.mark.parametrize("tensor", [torch.zeros(1, 3, 8, 8), torch.zeros(4, 8, 8), torch.zeros(3, 8, 8, dtype=torch.int64),
-                                    torch.full((3, 8, 8), 2.0), torch.full((3, 8, 8), float("nan")), torch.zeros(3, 0, 8)])
+                                    torch.full((3, 8, 8), 2.0), torch.full((3, 8, 8), float("nan")), torch.zeros(3, 0, 8),
+                                    torch.zeros(3, 8, 8).to(torch.float8_e4m3fn)])
 def test_tensors_that_are_no_picture(codec, tensor):
     with pytest.raises(ImageError):
         codec.compress(tensor)
+
+
+def test_a_name_is_no_model():
+    with pytest.raises(CodecError, match="from_pretrained\\('hific-lite'\\)"): Codec("hific-lite")
 
 
 def test_alpha_is_kept_to_the_bit(codec, photo):
