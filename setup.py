@@ -18,13 +18,14 @@ readme = HERE / "README.md"
 class BuildWithNotebooks(build_py):
     """Jobs and explorers travel inside the package, in `notebooks/`, so that they run without a clone.
 
-    They are copied into the build alone: in the source tree, and in an editable install, they stay in nbs/.
+    They are copied into the build alone: in the source tree, and in an editable install, they stay in nbs/. So does the training
+    diary, which reads the logs in benchmarks/results.
     """
 
     def notebooks(self):
         for folder in ("jobs", "explore"):
             for path in sorted((HERE / "nbs" / folder).glob("*.ipynb")):
-                yield path, Path(self.build_lib, name, "notebooks", folder, path.name)
+                if path.stem != "training_diary": yield path, Path(self.build_lib, name, "notebooks", folder, path.name)
 
     def run(self):
         if not self.editable_mode:  # a module that an earlier build left behind would be packed again

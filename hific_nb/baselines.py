@@ -65,9 +65,10 @@ class Baseline:
         Raises `BaselineError` for an unknown quality or where the format is not installed, `ImageError` for no picture.
         """
         self.check()
-        if quality not in self.qualities:
+        if isinstance(quality, bool) or quality not in self.qualities:
             raise BaselineError(f"{self.label} has no quality {quality!r}: take one of {self.qualities[0]} ... "
                                 f"{self.qualities[-1]}.")
+        quality = self.qualities[self.qualities.index(quality)]  # NumPy's 50 is taken for Python's
         image = _plain(image)
         try: return self.encode(image, quality)
         except (OSError, ValueError, RuntimeError) as error:  # WebP, for one, ends at 16383 pixels

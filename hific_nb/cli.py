@@ -645,3 +645,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("hific: interrupted; finished files are whole, the others were not written.", file=sys.stderr)
         return 130
+
+# %% ../nbs/20_cli.ipynb #e4630793
+if __name__ == "__main__" and __spec__ is not None: raise SystemExit(main())  # not in a notebook, which is __main__ as well

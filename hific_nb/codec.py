@@ -20,10 +20,10 @@ import tempfile
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +36,7 @@ from .coders import CoderUnavailableError, Decoder, UnknownCoderError, coder_nam
 from .config import (REGIMES, HificError, ModelConfig, Objective, atomic_file, file_size, is_url, lambda_for_target,
                              write_atomic)
 from .data import ImageError, _pillow_rules, _rawmode, read_image, split_alpha, tensor_to_image
-from .hfc import (ICC_PROFILE, TILE_UNIT, CorruptError, HfcError, HfcFile, HfcReader, ModelMismatchError, Tile,
+from .hfc import (ICC_PROFILE, MAX_TILE, TILE_UNIT, CorruptError, HfcError, HfcFile, HfcReader, ModelMismatchError, Tile,
                           TooLargeError, check_model, open_hfc, pack, read_hfc, write_hfc)
 from .hyperprior import (HYPER_DOWNSAMPLING, HYPERLATENT_BOUND, PredictedMixtures, exact_synthesis, read_symbols,
                                  symbol_parts)
@@ -99,7 +99,9 @@ class Latents:
     sides over 16, rounded up. hyperlatents: (N, ceil(h/4), ceil(w/4)) int32, coded first. indexes: (C, h, w) whole numbers,
     the table row of each symbol, or their mixtures (room 04). y_hat: (1, C, h, w) float32, mean + symbols, behind the inverse
     gains of the level: what the generator sees. level: of the model's rates, None for a model with one. streams: the file's
-    named streams.
+    named streams. fingerprint: of the model, None where it is not known.
+    A copy with other symbols has the old y_hat still, which `generate` paints: decode its file for the new one. With other
+    hyperlatents it needs other indexes, too.
     """
     width: int
     height: int
@@ -110,6 +112,7 @@ class Latents:
     alpha: Image.Image | None = field(default=None, repr=False)
     level: int | None = None
     streams: dict[str, bytes] = field(default_factory=dict, repr=False)
+    fingerprint: bytes | None = field(default=None, repr=False)
 
 # %% ../nbs/13_codec.ipynb #61cc5d77
 Span = tuple[int, int]  # from ... to, exclusive
@@ -409,6 +412,14 @@ class _Pixels:
         return F.pad(x.float(), (0, more[0], 0, more[1]), mode="replicate").to(x.dtype)
 
 # %% ../nbs/13_codec.ipynb #8b7faa31
+def _in_own_dtype(method):
+    "The method with the dtypes that a codec was given, whatever autocast it is called under."
+    @wraps(method)
+    def run(self, *args, **options):
+        with torch.autocast(self.device.type, enabled=False): return method(self, *args, **options)
+    return run
+
+
 class Codec:
     """A photo to the bytes of a `.hfc` file, and back.
 
@@ -433,8 +444,9 @@ class Codec:
             reason = str(error).splitlines()[0].rstrip(".")
             raise CodecError(f"The device {device!r} cannot be used here ({reason}): use 'cpu' or 'cuda'.") from None
         if dtype is None: dtype = torch.bfloat16 if hardware_bfloat16(self.device) else torch.float32
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:  # float8 has no arithmetic
             raise CodecError(f"dtype must be a floating-point torch.dtype such as torch.float32, not {dtype!r}.")
+        if max_pixels is not None: _number("max_pixels", max_pixels, most=math.inf)
         self.coding = getattr(model, "coding", None) or Coding.from_model(model)
         self.fingerprint = model_fingerprint(model, self.coding)
         self.name, self.dtype, self.coder = name, dtype, get_coder(coder)
@@ -517,9 +529,14 @@ class Codec:
         return self.refine(image, analysis, level, refine, tile=tile, memory=memory, progress=progress)
 
     @torch.inference_mode()
+    @_in_own_dtype
     def analyse(self, image, *, tile: int | None = None, thumbnail: bool | None = None, streams: dict[str, bytes] | None = None,
                 memory: int | str | None = None) -> Analysis:
         "The encoder alone: what is found of a picture for every rate. A picture and options as in `compress`."
+        if streams is not None and not isinstance(streams, Mapping):
+            raise CodecError(f"streams must be a dict of names and bytes, not {type(streams).__name__}.")
+        if streams and THUMBNAIL in streams:
+            raise CodecError(f"The stream {THUMBNAIL!r} is the codec's own: ask for thumbnail=True.")
         streams, budget = dict(streams or {}), self._budget(memory)
         pixels = self._picture(image, streams, budget)
         W, H = pixels.size
@@ -529,6 +546,7 @@ class Codec:
         return self._with_thumbnail(Analysis(W, H, y, pixels.alpha, streams), pixels, tile, thumbnail)
 
     @torch.inference_mode()
+    @_in_own_dtype
     def analyse_batch(self, images: Sequence, *, tile: int | None = None, thumbnail: bool | None = None) -> list[Analysis] | None:
         """`analyse` of pictures of equal size in one pass of the encoder; None where that is not the same bit for bit.
 
@@ -620,6 +638,7 @@ class Codec:
     # ---- latents to symbols
 
     @torch.inference_mode()
+    @_in_own_dtype
     def _hyperlatents(self, y: Tensor, level: int | None) -> Tensor:
         "Unquantized latents (1, C, h, w) -> hyperlatents (1, N, ceil(h/4), ceil(w/4)), rounded."
         net = self.model.Hyperprior.analysis_net
@@ -662,10 +681,11 @@ class Codec:
         parts = ((rows, columns, *self._symbols(y, z, level, rows, columns)) for rows, columns in self._areas(y.shape[2:]))
         symbols, indexes, y_hat = self._collected(parts, z, y.shape[2:])
         return Latents(analysis.width, analysis.height, symbols, z[0].to(torch.int32).cpu().numpy(), indexes, y_hat, analysis.alpha,
-                       level, analysis.streams)
+                       level, analysis.streams, self.fingerprint)
 
     @torch.inference_mode(False)
     @torch.enable_grad()
+    @_in_own_dtype
     def refine(self, image, analysis: Analysis, level: int | None = None, steps: int = 40, *, perceptual: str = "lpips",
                weights: str | None = None, tile: int | None = None, memory: int | str | None = None,
                progress: Callable[[int, int], None] | None = None) -> Latents:
@@ -766,6 +786,7 @@ class Codec:
         return z[..., top:bottom, left:right], (rows[1] - origin[0], columns[1] - origin[1]), _slices(rows, columns, origin)
 
     @torch.inference_mode()
+    @_in_own_dtype
     def _means(self, z: Tensor, rows: Span, columns: Span) -> Tensor:
         "Means of a part of the latents, (1, C, h, w), or 0, from all hyperlatents (1, N, hz, wz)."
         if self.model.Hyperprior.mixture: return self.model.Hyperprior.means(z, (0, 0))
@@ -849,6 +870,7 @@ class Codec:
         return above if best is None or len(above[1]) - most < most - len(best[1]) else best
 
     @torch.inference_mode()
+    @_in_own_dtype
     def ideal_bits(self, latents: Latents) -> float:
         "The code length sum(-log2 p) of these symbols under the model's densities before they became tables, in bits."
         symbols, z = (torch.from_numpy(a)[None].to(self.device) for a in (latents.symbols, latents.hyperlatents))
@@ -860,7 +882,8 @@ class Codec:
                  memory: int | str | None = None) -> Image.Image:
         """The generator's half: latents to a PIL image, RGB, or RGBA where the picture had an alpha channel.
 
-        box, memory: as in `decompress`. A colour profile that the file carries is its `info["icc_profile"]`.
+        What is painted is `y_hat`, see `Latents`. box, memory: as in `decompress`. A colour profile that the file carries is its
+        `info["icc_profile"]`.
         """
         size = latents.width, latents.height
         alpha = latents.alpha if latents.alpha is None or box is None else latents.alpha.crop(_check_box(box, size))
@@ -868,6 +891,7 @@ class Codec:
                            latents.streams, self._budget(memory))
 
     @torch.inference_mode()
+    @_in_own_dtype
     def _paint(self, quantized: Callable[[Span, Span], Tensor], level: int | None, size: tuple[int, int],
                box: tuple[int, int, int, int] | None, alpha: Image.Image | None, streams: dict[str, bytes],
                budget: int) -> Image.Image:
@@ -921,15 +945,33 @@ class Codec:
     # ---- latents to bytes
 
     def encode(self, latents: Latents, tile: int | None = None) -> bytes:
-        "The bytes of a `.hfc` file for latents of this model; `tile` as in `compress`."
+        "The bytes of a `.hfc` file for latents of this model, else `CodecError`; `tile` as in `compress`."
+        self._check_latents(latents)
         return self._file(self._frame(latents, tile, latents.level), latents.hyperlatents, partial(_part_of, latents),
                           self._coded_alpha(latents, tile))
+
+    def _check_latents(self, latents: Latents) -> None:
+        "Raises `CodecError` for latents whose file this model's decoder would refuse, or read as others."
+        if latents.fingerprint not in (None, *self._readable):
+            raise CodecError(f"These latents are of another model, {latents.fingerprint.hex()}: its codec encodes them.")
+        if self.levels and latents.level is None: raise CodecError("Latents of a model with rate levels must name theirs.")
+        self._checked_level(latents.level)
+        h, w = (-(-n // DOWNSAMPLING) for n in (latents.height, latents.width))
+        hyper = tuple(-(-n // HYPER_DOWNSAMPLING) for n in (h, w))
+        for name, channels, size in (("symbols", self.model.config.latent_channels, (h, w)),
+                                     ("hyperlatents", self.model.config.hyperprior_channels, hyper)):
+            found = np.shape(getattr(latents, name))
+            if found != (channels, *size):
+                raise CodecError(f"For {latents.width} x {latents.height} pixels this model has {name} of the shape "
+                                 f"{(channels, *size)}, not {found}.")
 
     def _frame(self, picture: Analysis | Latents, tile: int | None, level: int | None = None) -> HfcFile:
         "The file of a picture, with nothing coded yet: its tiles are known."
         if tile is None: tile = TILE_SIDE if picture.width * picture.height > TILED_FROM else 0
-        if isinstance(tile, bool) or not isinstance(tile, numbers.Integral) or tile % TILE_UNIT or tile < 0:
-            raise CodecError(f"The side of tiles must be a multiple of {TILE_UNIT} pixels, or 0 for none, not {tile!r}.")
+        if isinstance(tile, bool) or not isinstance(tile, numbers.Integral) or tile % TILE_UNIT or \
+                not 0 <= tile <= TILE_UNIT * MAX_TILE:
+            raise CodecError(f"The side of tiles must be a multiple of {TILE_UNIT} pixels, {TILE_UNIT * MAX_TILE:,} at most, or 0 "
+                             f"for none, not {tile!r}.")
         return HfcFile(picture.width, picture.height, self.fingerprint, self.coder.id, b"",
                        None if picture.alpha is None else b"", level, tile // TILE_UNIT or None, (), picture.streams)
 
@@ -1024,7 +1066,7 @@ class Codec:
             else: parts = self._decode_tiles(file, file.tiles.__getitem__, z, everything)
             symbols, indexes, y_hat = self._collected(parts, z, size)
         return Latents(file.width, file.height, symbols, z[0].to(torch.int32).cpu().numpy(), indexes, y_hat, alpha, file.level,
-                       file.streams)
+                       file.streams, self.fingerprint)
 
     def _meet(self, file: HfcFile) -> None:
         "Read the files of the shipped model that wrote this one, if their latents are this model's; else say which model to take."

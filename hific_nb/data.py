@@ -27,7 +27,7 @@ import time
 import warnings
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
@@ -503,7 +503,7 @@ class _Crops:
 
     def __init__(self, crop_size, batch_size, seed, memory_gb, scale, flip, max_pixels, threads, drop_flat, shorter_side,
                  rank, world):
-        if crop_size < 1 or batch_size < 1: raise ImageError("crop_size and batch_size must be at least 1.")
+        if crop_size < 1 or batch_size < 1 or seed < 0: raise ImageError("crop_size and batch_size must be at least 1, seed 0.")
         if not 0 < scale[0] <= scale[1] <= 1: raise ImageError(f"scale must be (low, high) within 0..1, not {scale}.")
         if shorter_side is not None and not 1 <= shorter_side[0] <= shorter_side[1]:
             raise ImageError(f"shorter_side must be (low, high) in pixels, not {shorter_side}.")
@@ -521,6 +521,11 @@ class _Crops:
         self._out: set = set()  # those that cannot be used
         self._good: set = set()  # those that were looked at, and can
         self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict:  # for workers that are not forked; photos in memory are decoded again there
+        return self.__dict__ | dict(_lock=None, _photos={}, _room=self._room + sum(photo.nbytes for photo in self._photos.values()))
+
+    def __setstate__(self, state: dict): self.__dict__ |= state | dict(_lock=threading.Lock())
 
     def _usable(self, key, source, name) -> Image.Image | None:
         "The photo `source` as an RGB image; None if it cannot be used, which is noted once under `name`."
@@ -902,7 +907,12 @@ class _ShardCache:
         return path
 
     def _make_room(self, size: int, in_use: set[Path]) -> None:
-        files = sorted((p.stat().st_mtime, p.stat().st_size, p) for p in self.folder.glob("[!.]*"))
+        files = []
+        for path in self.folder.glob("[!.]*"):
+            with suppress(FileNotFoundError):  # another thread or process has just made room
+                about = path.stat()
+                files.append((about.st_mtime, about.st_size, path))
+        files.sort()
         total = size + sum(f[1] for f in files)
         for _, length, path in files:
             if total <= self.limit: break
@@ -959,6 +969,8 @@ class ShardCrops(_Crops):
         first = next(sizes, None)  # of the first shard that has any
         if first is None: raise ImageError(f"None of the {len(self.shards)} shards holds a photo: see {self.shards[0]}.")
         self.crops_per_shard = int(crops_per_shard or first)
+
+    def __getstate__(self) -> dict: return super().__getstate__() | dict(_open={}, _locks={})
 
     def _shard(self, index: int) -> _Shard | None:
         "The shard `index`, fetched and listed if need be; None if it is left out."

@@ -13,6 +13,7 @@ __all__ = ['LIKELIHOOD_FLOOR', 'MIXTURE', 'DECISION_LEVELS', 'round_straight_thr
 import copy
 import heapq
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -99,7 +100,8 @@ def interval_likelihood(y: Tensor, mean: Tensor, scale: Tensor,
                         cdf: Callable[[Tensor], Tensor] = gaussian_cdf) -> Tensor:
     """P(y - 1/2 < Y < y + 1/2) for a symmetric density of this mean and scale > 0, floored at 1e-9; broadcasts.
 
-    Minnen et al. 2018. Both CDFs are taken on the negative side, where floats are dense. At the floor, no gradient.
+    Minnen et al. 2018. Both CDFs are taken on the negative side, where floats are dense. At the floor, no gradient. Not for
+    float16, in which the floor would be 0.
     """
     distance = (y - mean).abs()
     return (cdf((0.5 - distance) / scale) - cdf((-0.5 - distance) / scale)).clamp(min=LIKELIHOOD_FLOOR)
@@ -208,7 +210,7 @@ class IndexedTables:
 
 # %% ../nbs/03_entropy_models.ipynb #df519e54
 def _check_precision(precision: int) -> None:
-    if not isinstance(precision, int) or not 1 <= precision <= 16:
+    if isinstance(precision, bool) or not isinstance(precision, numbers.Integral) or not 1 <= precision <= 16:
         raise TableError(f"precision must be a whole number in 1 ... 16, not {precision!r}.")
 
 

@@ -199,7 +199,8 @@ def patch_features(extract: Callable, image, size: int = 256, batch: int = 8) ->
 # %% ../nbs/16_evaluation.ipynb #8fa97ee6
 def _monotone(rates: Sequence[float], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     "Log rates and values (more is better) of the points that no other beats in both, by rate."
-    points = sorted((float(r), float(v)) for r, v in zip(rates, values, strict=True))
+    if len(rates) != len(values): raise EvaluationError(f"A curve has as many values as rates, not {len(values)} for {len(rates)}.")
+    points = sorted((float(r), float(v)) for r, v in zip(rates, values))
     if any(not (r > 0 and math.isfinite(r) and math.isfinite(v)) for r, v in points):
         raise EvaluationError("A curve needs positive rates and finite values.")
     kept, best = [], -math.inf

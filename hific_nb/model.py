@@ -107,6 +107,7 @@ class Model(nn.Module):
         recon: (B, 3, H, W) float32. y_hat: (B, C, H/16, W/16) float32, what the generator saw. bpp_noisy, bpp_quantized: (B,) bits
         per pixel under additive noise (differentiable) and under rounding. level, where there are levels: (B,).
         """
+        if x.ndim != 4: raise ModelError(f"Images must have the shape (B, 3, H, W), not {tuple(x.shape)}.")
         y, made = self.analysis(x).float(), {}
         if self.config.rate_levels:
             if level is None: level = x.new_full((len(x),), (self.config.rate_levels - 1) / 2)
@@ -276,7 +277,8 @@ def _ordered(bits: np.ndarray) -> np.ndarray:
 
 def _at(near: Tensor, steps: np.ndarray, step: float) -> Tensor:
     "The float16 tensor that lies whole numbers of steps away from `near`: in float64, so that all machines round it alike."
-    return torch.from_numpy((near.numpy().astype(np.float64) + steps.reshape(near.shape) * step).astype(np.float16))
+    with np.errstate(all="ignore"):  # where a program has NumPy raise: a weight near 0 is allowed to
+        return torch.from_numpy((near.numpy().astype(np.float64) + steps.reshape(near.shape) * step).astype(np.float16))
 
 
 def _steps(t: Tensor, near: Tensor, step: float) -> np.ndarray:
@@ -424,7 +426,8 @@ def load_model(folder: str | os.PathLike) -> Model:
                          ) from error
     try:
         if misfit := _misfit(drawing, weights): raise ModelError(misfit)
-        model = Model(config).float()  # whatever torch's default dtype is
+        with torch.random.fork_rng(devices=[]): model = Model(config)  # what is drawn is replaced: no number is used up
+        model = model.float()  # whatever torch's default dtype is
         model.load_state_dict(weights)
         model.coding = Coding.from_tensors({name: t.numpy() for name, t in tables.items()})
         rows, channels = model.coding.hyperlatents.rows, config.hyperprior_channels

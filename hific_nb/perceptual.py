@@ -196,7 +196,7 @@ def linear_weights(net: str) -> list[Tensor]:
     spec = importlib.util.find_spec("torchmetrics")  # importing it would take seconds and is not needed
     if spec is None:
         raise PerceptualError("LPIPS reads its linear layers from the package torchmetrics: pip install torchmetrics, or go "
-                              "on without LPIPS by perceptual=\"ms-ssim\" or perceptual=\"none\".")
+                              "on without LPIPS: perceptual=\"ms-ssim\" or perceptual=\"none\"; compress without refine.")
     path = Path(spec.submodule_search_locations[0])/"functional"/"image"/"lpips_models"/f"{net}.pth"
     weights = _load(path)
     return [weights[f"lin{i}.model.1.weight"].flatten() for i in range(len(_STACKS[net][2]))]

@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import importlib.util
 import inspect
+import numbers
 import os
 import sys
 import threading
@@ -521,7 +522,8 @@ def rans_encode(parts: Sequence[tuple], lanes: int | None = None, compiled: bool
     checked = [check_part(symbols, indexes, tables) for symbols, indexes, tables in parts]
     total = sum(len(symbols) for symbols, _, _ in checked)
     if lanes is None: lanes = lane_count(total)
-    if not 1 <= lanes <= 255: raise CodingError(f"A stream has 1 to 255 lanes, not {lanes}.")
+    if not isinstance(lanes, numbers.Integral) or not 1 <= lanes <= 255:
+        raise CodingError(f"A stream has 1 to 255 lanes, not {lanes!r}.")
     if not total: return b""
 
     kernel = _compiled("encode") if compiled else None

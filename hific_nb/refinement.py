@@ -19,7 +19,7 @@ from .perceptual import build_perceptual
 
 # %% ../nbs/12_refinement.ipynb #0689d7f2
 def soft_round(r: Tensor, temperature: float) -> Tensor:
-    """Numbers of any shape -> between the two whole numbers about each: nearly `r` at 0.5 and above, round(r) toward 0.
+    """Numbers of any shape -> between the two whole numbers about each: nearly `r` at 0.5, round(r) toward 0, one half far above.
 
     Differentiable. The expected value of stochastic Gumbel annealing (Yang et al. 2020). temperature: above 0.
     """

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from contextlib import closing, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -585,11 +586,18 @@ class _StopSignals:
 def _stop_with_kernels_parent(wanted: bool) -> None:
     """Have Linux send SIGTERM to this notebook kernel when the process that started it ends, or no longer.
 
-    A `kill` of papermill reaches papermill alone, and the kernel ends itself a second after it without a word.
+    A `kill` of papermill reaches papermill alone, and the kernel ends itself within a second after it without a word: a thread
+    of ipykernel watches the parent. Until the run has saved, it is shown the parent that was.
     """
     if sys.platform == "linux" and "JPY_PARENT_PID" in os.environ and "ipykernel" in sys.modules:
         import ctypes
+
+        import ipykernel.parentpoller as watching
+
+        parent, watching.os = os.getppid(), os
         ctypes.CDLL(None).prctl(1, signal.SIGTERM if wanted else 0)  # PR_SET_PDEATHSIG
+        if wanted and os.getppid() == parent:  # else it ended just now, and no signal comes
+            watching.os = SimpleNamespace(**vars(os) | dict(getppid=lambda: parent))
 
 # %% ../nbs/14_training.ipynb #9e91735a
 FREELY = ("checkpoint_minutes", "keep_checkpoints", "log_every", "sample_every")  # what the weights do not depend on

@@ -33,6 +33,8 @@ DEFAULT_EXP = re.compile(r"^#\s*\|\s*default_exp\s+(\S+)\s*$", re.MULTILINE)
 EXPORT = re.compile(r"^#\s*\|\s*(export|exporti|exports)\b[ \t]*(\S*)", re.MULTILINE)
 # What a saved output must not show: it differs from machine to machine, so every run would change the file.
 MACHINE_PATH = re.compile(r"(?:/home/|/root/|/Users/|/tmp/|[\w.-]+/site-packages/)[^\s'\"<>)]*")
+# What Matplotlib's calls return, alone or in a tuple or list: nothing a reader wants to see.
+NOTHING = re.compile(r"[(\[]?(?:None,|Text\(|<matplotlib\.)")
 # Without it Jupyter asks which kernel to start, and papermill finds no language.
 KERNEL = {"display_name": "python3", "language": "python", "name": "python3"}
 WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
@@ -551,6 +553,9 @@ def check_outputs(root):
                 yield f"{path}: cell {i} shows an error: correct it and {fix}"
             if path in rooms(root) and not cell.outputs and always_prints(cell.source):
                 yield f"{path}: cell {i} prints but has no output: {fix}"
+            results = [output.data.get("text/plain", "") for output in cell.outputs if output.output_type == "execute_result"]
+            if any(NOTHING.match(text) for text in results):
+                yield f"{path}: cell {i} shows what a plot's last call returned: end it with `;`, and {fix}"
             for found in dict.fromkeys(machine_paths(cell)):
                 yield f"{path}: cell {i} shows a path of the machine it ran on ({found}): print less, and {fix}"
 

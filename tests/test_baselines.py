@@ -81,6 +81,13 @@ def test_sides_beyond_the_format():
     with pytest.raises(BaselineError, match="20000 x 1"): get_baseline("webp").compress(Image.new("RGB", (20000, 1)), 50)
 
 
+def test_qualities_of_numpy(photo):
+    baseline = needed("jpeg")
+    assert baseline.compress(photo, np.int64(50)) == baseline.compress(photo, 50.0) == baseline.compress(photo, 50)
+    for wrong in (True, 50.5, np.int64(0)):
+        with pytest.raises(BaselineError, match="no quality"): baseline.compress(photo, wrong)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_match_against_all_qualities(name, photo):
     """Real encoders, with their flat places and dips: against the whole table, from a few encodings."""

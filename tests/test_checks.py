@@ -371,6 +371,14 @@ def test_path_of_the_machine_in_an_output(tree, path):
     only(tree.faults("outputs saved"), "shows a path of the machine")
 
 
+@pytest.mark.parametrize("text", ["(None, None)", "<matplotlib.legend.Legend>", "(Text(0.5, 0, 'steps'),\n None)",
+                                  "[<matplotlib.lines.Line2D at 0x7f>]", "Text(0, 0, 'x')"])
+def test_what_a_plot_returned_in_an_output(tree, text):
+    output = new_output("execute_result", data={"text/plain": text}, execution_count=1)
+    tree.edit("nbs/00_first.ipynb", lambda nb: nb.cells.append(code("plt.legend()", output)))
+    only(tree.faults("outputs saved"), "shows what a plot's last call returned")
+
+
 def test_error_in_an_output(tree):
     error = new_output("error", ename="ValueError", evalue="no", traceback=[])
     tree.edit("nbs/index.ipynb", lambda nb: nb.cells.append(code("f()", error)))

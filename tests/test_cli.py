@@ -35,6 +35,11 @@ def photos(tmp_path):
     return folder
 
 
+def test_the_module_is_the_command(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "hific_nb.cli", "info", "gone.hfc"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == "hific: gone.hfc does not exist: check the path.\n"
+
+
 def test_a_folder_in_another_process(photos, tmp_path):
     done = hific("compress", photos, "--out", tmp_path / "small", cwd=tmp_path)
     assert done.returncode == 1

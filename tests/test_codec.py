@@ -198,6 +198,40 @@ def test_damaged_alpha(codec, photo, data):
                 codec.decompress(pack(replace(file, alpha=alpha)))
 
 
+def test_options_that_are_none(codec, photo):
+    small = photo.resize((64, 48))
+    for options, word in ((dict(streams=["zabc"]), "dict"), (dict(streams={"thmb": b"junk"}), "thumbnail=True"),
+                          (dict(tile=64 * 65536), "4,194,240 at most")):
+        with pytest.raises(CodecError, match=word): codec.compress(small, **options)
+    for options, word in ((dict(max_pixels="x"), "max_pixels"), (dict(max_pixels=0), "max_pixels"),
+                          (dict(dtype=torch.float8_e4m3fn), "dtype")):
+        with pytest.raises(CodecError, match=word): Codec(tiny.tiny_model(), device="cpu", **options)
+
+
+def test_latents_that_no_file_can_hold():
+    codec, other = tiny.tiny_codec(levels=True), tiny.tiny_codec(seed=1, levels=True)
+    latents = codec.encode_latents(sample_photo("coffee").resize((70, 50)), quality=30)
+    assert np.array_equal(codec.decode_latents(codec.encode(latents)).symbols, latents.symbols)
+    assert codec.encode(replace(latents, fingerprint=None)) == codec.encode(codec.decode_latents(codec.encode(latents)))
+    for changes, word in ((dict(level=500), "level"), (dict(level=None), "must name theirs"), (dict(width=90), "not .4, 4, 5"),
+                          (dict(symbols=latents.symbols[:, 1:]), "symbols of the shape"),
+                          (dict(hyperlatents=latents.hyperlatents[:2]), "hyperlatents of the shape")):
+        with pytest.raises(CodecError, match=word): codec.encode(replace(latents, **changes))
+    with pytest.raises(CodecError, match="of another model"): other.encode(latents)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_autocast_around_it_changes_nothing(photo, dtype):
+    codec = Codec(tiny.tiny_model(levels=True), device="cpu", dtype=dtype)
+    data, latents = codec.compress(photo), codec.encode_latents(photo)
+    picture, bits, batch = codec.decompress(data), codec.ideal_bits(latents), codec.analyse_batch([photo, photo])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert codec.compress(photo) == data and codec.ideal_bits(latents) == bits
+        assert np.array_equal(pixels(codec.decompress(data)), pixels(picture))
+        assert torch.equal(codec.decode_latents(data).y_hat, latents.y_hat)
+        assert batch is None or torch.equal(codec.analyse_batch([photo, photo])[1].y, batch[1].y)
+
+
 # ------------------------------------------------------------------------------------------- levels, tiles, streams
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hific_nb import coders, rans
 from hific_nb.coders import CoderUnavailableError, coder_name, get_coder, list_coders, table_bits
 from hific_nb.entropy_models import IndexedTables, tables_from_pmfs
-from hific_nb.rans import CorruptStreamError
+from hific_nb.rans import CodingError, CorruptStreamError
 from test_coding import INT32, LATENTS, big_integer, from_big_integer, latents, parts_strategy, random_tables
 
 NAMES = ["rans", "rans-numpy", "torchac", "constriction"]
@@ -113,6 +113,11 @@ def test_rows_of_any_integer_type_give_the_same_bytes(coder):
         kept = rows.astype(dtype)
         assert coder.encode([(symbols, kept, LATENTS)]) == data
         assert_same([part], decode(coder, data, [(symbols, kept, LATENTS)]))
+
+
+@pytest.mark.parametrize("lanes", [0, 256, 1.5, "2"])
+def test_lanes_that_are_none(lanes):
+    with pytest.raises(CodingError, match="1 to 255 lanes"): rans.rans_encode([], lanes)
 
 
 @pytest.mark.parametrize("lanes", [1, 2, 3, 4, 7, 255])

@@ -4,6 +4,7 @@ import csv
 import gc
 import io
 import os
+import pickle
 import struct
 import threading
 import time
@@ -680,6 +681,14 @@ def quietly(*args, **kwargs):
         return PhotoCrops(*args, **kwargs)
 
 
+def test_crops_are_sent_to_other_processes(folder, tmp_path):
+    crops = quietly(folder, 96, 4, seed=3)
+    shard = write_shard(tmp_path / "a.tar", [(f"{n}.png", (folder / f"{n}.png").read_bytes()) for n in ("astronaut", "coffee")])
+    for data in (crops, ShardCrops(str(shard), 96, 4, seed=3)):
+        batch, sent = data.batch(7), pickle.dumps(data)
+        assert torch.equal(pickle.loads(sent).batch(7), batch) and len(sent) < 5000  # without the photos
+
+
 def test_crops_skip_what_cannot_be_used_and_say_so_once(folder):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -1159,6 +1168,16 @@ def test_the_cache_is_bounded(tars, tmp_path, web):
     assert all(torch.equal(tight.batch(s), wide.batch(s)) for s in (0, 3, 9, 27, 1))
     for path in (tmp_path / "cache").glob("[!.]*"): path.unlink()  # by hand, or another process that made room
     assert torch.equal(tight.batch(2), wide.batch(2))
+
+
+def test_a_shard_that_goes_while_room_is_made(tars, tmp_path, web):
+    shelf, address = web
+    put(shelf, tmp_path)
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / "gone.tar").symlink_to(tmp_path / "nowhere")  # listed, but not there: as one that another process deletes just now
+    crops = ShardCrops(address + "/s{0..4}.tar", 64, 5, window=1, cache=cache, cache_gb=0, memory_gb=0, **QUICK)
+    assert crops.batch(0).shape == (5, 3, 64, 64)
 
 
 def test_a_kept_shard_that_goes_while_it_is_looked_at_is_fetched_again(tars, tmp_path, web, monkeypatch):

@@ -72,7 +72,7 @@ def check_rows(tables):
 @example([1.0] * 60, 6)
 @example([1e300, 1.0], 16)
 def test_quantize_pmf_is_optimal(p, precision):
-    f, p = quantize_pmf(p, precision), np.array(p)
+    f, p = quantize_pmf(p, np.int64(precision)), np.array(p)
     p = p / p.max()
     assert f.shape == p.shape and f.min() >= 1 and f.sum() == 2 ** precision
     # The objective is separable and convex, so a table is optimal if no unit is better off with another symbol.
@@ -91,7 +91,7 @@ def test_quantize_pmf_fills_the_smallest_tables(precision, data):
 
 @pytest.mark.parametrize("p, precision", (
     ([], 8), ([0, 0], 8), ([1, -1e-12], 8), ([1, math.nan], 8), ([1, math.inf], 8), ([1e308, 1e308], 8), ([[1.0]], 8),
-    (np.ones(5), 2), ([1.0], 0), ([1.0], 17), ([1.0], 8.0),
+    (np.ones(5), 2), ([1.0], 0), ([1.0], 17), ([1.0], 8.0), ([1.0], True),
 ), ids=str)
 def test_quantize_pmf_refuses(p, precision):
     with pytest.raises(TableError):

@@ -296,6 +296,10 @@ def test_bd_rate_against_another_implementation(anchor, test, method, percent):
     assert bd_rate(anchor[0][::-1], anchor[1][::-1], *test, method) == pytest.approx(percent, abs=1e-8)
 
 
+def test_a_curve_has_as_many_values_as_rates():
+    with pytest.raises(EvaluationError, match="not 2 for 3"): bd_rate([1, 2, 3], [30, 31], [1, 2], [30, 31])
+
+
 def test_bd_rate_of_known_curves():
     value = np.linspace(25, 40, 7)
     rate = np.exp(0.2 * value)

@@ -131,7 +131,7 @@ def test_train_then_compress_with_the_result(tmp_path):
 
 @pytest.mark.parametrize("asked", ["TERM", "INT"])
 def test_a_killed_papermill_leaves_a_checkpoint(tmp_path, asked):
-    """papermill dies of SIGTERM, and its kernel a second after it; the run has saved by then, and goes on."""
+    """papermill dies of SIGTERM, and its kernel would a second later; the run saves first, however long it takes."""
     photos, run = tmp_path / "photos", tmp_path / "run"
     photos.mkdir()
     for name in ("chelsea", "coffee"): sample_photo(name).save(photos / f"{name}.png")
@@ -140,7 +140,12 @@ def test_a_killed_papermill_leaves_a_checkpoint(tmp_path, asked):
     settings = dict(dataset=photos, run=run, n_steps=100000, batch_size=1, crop_size=64, log_every=1, perceptual="none",
                     dtype="float32")
     for key, value in settings.items(): command += ["-p", key, str(value)]
+    startup = tmp_path / "ipython" / "profile_default" / "startup"
+    startup.mkdir(parents=True)
+    (startup / "slow.py").write_text("import time, torch\nsave = torch.save\n"
+                                     "def slowly(*args, **options): time.sleep(2.5); save(*args, **options)\ntorch.save = slowly\n")
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               env=os.environ | dict(IPYTHONDIR=str(tmp_path / "ipython")),
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # ignored in a shell's background
     log, deadline = run / "metrics.jsonl", time.monotonic() + 120
     while not (log.exists() and log.read_text().count("\n") >= 5) and time.monotonic() < deadline: time.sleep(0.1)

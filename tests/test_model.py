@@ -23,7 +23,7 @@ from hific_nb.entropy_models import get_density, register_density, tables_from_p
 from hific_nb.model import (Coding, Model, ModelError, load_model, model_fingerprint, save_model, store_difference,
                             store_packed)
 from hific_nb.transforms import LightEncoder, register_transform
-from hific_nb.zoo import model_info
+from hific_nb.zoo import find_model, model_info
 
 import tiny
 
@@ -96,6 +96,18 @@ def test_saving_leaves_the_model_as_it_was(tmp_path):
     save_model(model, tmp_path)
     assert model.training and not hasattr(model, "coding")
     assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
+
+
+def test_loading_uses_up_no_random_numbers_and_minds_no_settings_of_numpy():
+    torch.manual_seed(0)
+    wanted = torch.rand(3)
+    torch.manual_seed(0)
+    with np.errstate(all="raise"): load_model(find_model("hific-lite")[0])  # packed: weights near 0 underflow
+    assert torch.equal(torch.rand(3), wanted)
+
+
+def test_images_must_be_batches(good):
+    with pytest.raises(ModelError, match=r"\(B, 3, H, W\)"): load_model(good)(torch.rand(3, 64, 64))
 
 
 def test_a_loaded_model_goes_on_training(good):
