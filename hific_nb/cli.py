@@ -294,16 +294,18 @@ def evaluate_command(args) -> int:
                       metrics=None if args.metrics == "all" else parse_names(args.metrics), features=args.features,
                       limit=args.limit, anchor=args.anchor, workers=args.workers, device=args.device,
                       max_pixels=args.max_pixels, progress=progress)
-    report, rows = result.save(published=args.published), result.summary()
+    rows = result.summary()
+    if not args.json:  # before anything is written: the place may be full, or read-only
+        print("\n\n".join(filter(None, [result.markdown(rows), result.comparison_markdown(rows=rows)])))
+    report = result.save(published=args.published)
     if args.json: print(report.read_text(encoding="utf-8"), end="")
     else:
-        print("\n\n".join(filter(None, [result.markdown(rows), result.comparison_markdown(rows=rows)])))
         print(f"\n{len(result.records)} records, {result.reused} of them from before; metrics.json, summary.csv, records.csv and "
               f"the files are in {args.out}")
     for name, why in result.left_out.items(): print(f"{name} was left out: {why}", file=sys.stderr)
     for f in result.failed:
-        print(": ".join(filter(None, [f["photo"], f["codec"] and f"{f['codec']} {f['quality'] or ''}".strip(), f["error"]])),
-              file=sys.stderr)
+        which = [str(f[k]) for k in ("codec", "quality") if f[k] is not None]
+        print(": ".join(filter(None, [f["photo"], " ".join(which), f["error"]])), file=sys.stderr)
     return len(result.failed)
 
 # %% ../nbs/20_cli.ipynb #88748b79

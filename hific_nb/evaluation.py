@@ -14,12 +14,14 @@ import importlib.util
 import io
 import json
 import math
+import numbers
 import os
 import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median
@@ -244,6 +246,7 @@ def rate_difference(anchor_rates, anchor_values, rate: float, value: float) -> f
     from scipy.interpolate import PchipInterpolator
 
     log_rate, values = _monotone(anchor_rates, anchor_values)
+    if not (rate > 0 and math.isfinite(rate)): raise EvaluationError(f"A rate is above 0 and finite, not {rate!r}.")
     if len(values) < 2 or not values[0] <= value <= values[-1]: return None
     return 100 * math.expm1(math.log(rate) - float(PchipInterpolator(values, log_rate)(value)))
 
@@ -312,7 +315,8 @@ def _load(spec, device: str | None, max_pixels: int):
 def _quality_number(codec: Codec, quality: float | str) -> float:
     "A quality as a number in 0 ... 100, that of a regime's name included; raises `CodecError` for what the model does not have."
     level = codec.level_of(quality)
-    return 100 * level / (codec.levels - 1) if isinstance(quality, str) else quality
+    if isinstance(quality, str): return 100 * level / (codec.levels - 1)
+    return int(quality) if isinstance(quality, numbers.Integral) else float(quality)
 
 
 def find_contenders(codecs, qualities: dict[str, Sequence] | None = None, device: str | None = None,
@@ -338,7 +342,7 @@ def find_contenders(codecs, qualities: dict[str, Sequence] | None = None, device
             raise EvaluationError(f"{codec!r} is no codec: it needs compress(image) and decompress(bytes).")
         label = label or own
         if any(_slug(c.label) == _slug(label) for c in found):  # files are named by it
-            raise EvaluationError(f"Two codecs are called {label!r}: pass a dict {{label: codec}} to tell them apart.")
+            raise EvaluationError(f"Two codecs are called {label!r}: name each once, or pass a dict {{label: codec}} in Python.")
         asked = next((key for key in (label, str(spec), own) if key in qualities), None)
         if isinstance(codec, Baseline): known, usual = codec.qualities, codec.defaults or codec.qualities
         elif isinstance(codec, Codec):
@@ -348,21 +352,25 @@ def find_contenders(codecs, qualities: dict[str, Sequence] | None = None, device
         else:
             known = tuple(getattr(codec, "qualities", ())) or None
             usual = known or (None,)
-        chosen = tuple(dict.fromkeys(qualities[asked])) if asked else tuple(usual)
-        if isinstance(codec, Codec) and many: chosen = tuple(_quality_number(codec, q) for q in chosen)
+        chosen = qualities[asked] if asked else usual
+        if isinstance(codec, Codec) and many: chosen = [_quality_number(codec, q) for q in chosen]
         used.add(asked)
-        if not chosen: raise EvaluationError(f"{label} has no qualities to evaluate: name at least one.")
-        wrong = [q for q in chosen if known is not None and q not in known]
+        if not len(chosen): raise EvaluationError(f"{label} has no qualities to evaluate: name at least one.")
+        wrong = [q for q in chosen if known is not None and (isinstance(q, bool) or q not in known)]
+        if known is not None and not wrong: chosen = [known[known.index(q)] for q in chosen]  # 10.0 and NumPy's 10 are 10
+        chosen = tuple(dict.fromkeys(chosen))
         if wrong: raise EvaluationError(f"{label} has no quality {wrong[0]!r}: take some of {known[0]} ... {known[-1]}.")
         if isinstance(codec, Codec):
             identity = dict(model=codec.fingerprint.hex(), coder=codec.coder.name, device=codec.device.type,
                             dtype=str(codec.dtype).removeprefix("torch."), package=__version__)
             if refined: identity["refine"] = int(refined[2])
         else: identity = dict(name=str(own), version=str(getattr(codec, "version", "")), package=__version__)
-        if isinstance(codec, Baseline):  # what it makes of a picture tells settings apart that share a name
-            identity["sample"] = _sha256(codec.compress(_sample(), codec.qualities[len(codec.qualities) // 2]))[:16]
         extension = ".hfc" if isinstance(codec, Codec) else getattr(codec, "extension", ".bin")
         found.append(Contender(label, codec, chosen, extension, identity, int(refined[2]) if refined else 0, spec))
+        if not isinstance(codec, Codec):  # what it makes of a picture tells settings apart that share a name
+            quality = codec.qualities[len(codec.qualities) // 2] if isinstance(codec, Baseline) else chosen[len(chosen) // 2]
+            with suppress(Exception):  # it will fail on a photo, too, and that is noted
+                identity["sample"] = _sha256(found[-1].compress(_sample(), quality))[:16]
     stray = set(qualities) - used
     if stray: raise EvaluationError(f"There are qualities for {sorted(stray)[0]!r}, which is not among the codecs.")
     return found
@@ -380,6 +388,7 @@ def parse_qualities(text: str | dict) -> dict[str, list]:
     for part in filter(str.strip, text.split(";")):
         name, _, values = part.rpartition("=")
         values = [value.strip() for value in values.split(",")]
+        if name.strip() in found: raise EvaluationError(f"The qualities of {name.strip()} are given twice: put them into one list.")
         try: found[name.strip()] = [v if v in REGIMES else float(v) if "." in v else int(v) for v in values]
         except ValueError: name = ""
         if not name.strip(): raise EvaluationError(f"Qualities are given as 'jpeg=10,30; webp=5,50', not {part.strip()!r}.")
@@ -475,20 +484,30 @@ class Evaluation:
 
         codec, quality, photos, bytes and bpp, the metrics (None where one is infinite or defined for no photo), medians of
         encode_seconds and decode_seconds, and where features were taken fid and kid, or fid_vgg16 and kid_vgg16, with patches,
-        their number.
+        their number. Where some photos are too small for a metric, METRIC_photos says how many are not, and METRIC_bpp is their
+        rate, which belongs to its value.
         """
         groups, rows = self._groups(), []
         defined = {}
         for name in self.metrics:  # a photo too small for a metric is left out of it for every codec
             small = {p for group in groups.values() for p, r in group.items() if r[name] is None and not r["identical"]}
             defined[name] = [p for p in next(iter(groups.values()), {}) if p not in small]
-        original = None
+        original, with_patches = None, []
+        if self.features and groups:
+            first = next(iter(groups.values()))
+            with_patches = [p for p, r in first.items() if len(self._features([r["original_features"]]))]
         for (codec, quality), group in groups.items():
             row = dict(codec=codec, quality=quality, photos=len(group))
             for name in ("bytes", "bpp"): row[name] = fmean(r[name] for r in group.values())
+
+            def over(name, photos, group=group, row=row):
+                if len(photos) not in (0, len(group)):
+                    row |= {f"{name}_photos": len(photos), f"{name}_bpp": fmean(group[p]["bpp"] for p in photos)}
+
             for name in self.metrics:
                 values = [group[p][name] for p in defined[name]]
                 row[name] = fmean(values) if values and None not in values else None
+                over(name, defined[name])
             for name in ("encode_seconds", "decode_seconds"): row[name] = median(r[name] for r in group.values())
             if self.features:
                 if original is None: original = self._features(r["original_features"] for r in group.values())
@@ -497,6 +516,7 @@ class Evaluation:
                 row[f"fid{suffix}"] = frechet_distance(original, decoded) if enough else None
                 row[f"kid{suffix}"] = kernel_distance(original, decoded) if enough else None
                 row["patches"] = len(original)
+                for name in ("fid", "kid"): over(name + suffix, with_patches)
             rows.append(row)
         return rows
 
@@ -505,7 +525,7 @@ class Evaluation:
 
     def measured(self, rows: Sequence[dict]) -> list[str]:
         "The metrics, those of sets included, that these rows of a summary have values of."
-        sets = [name for row in rows for name in row if name.startswith(("fid", "kid"))]
+        sets = [n for row in rows for n in row if n.startswith(("fid", "kid")) and not n.endswith(("_photos", "_bpp"))]
         return [name for name in dict.fromkeys((*self.metrics, *sets)) if any(row.get(name) is not None for row in rows)]
 
     def compare(self, anchor: str | None = None, rows: Sequence[dict] | None = None) -> dict[str, dict[str, float | None]]:
@@ -533,19 +553,22 @@ class Evaluation:
         "The summary as a table."
         rows = self.summary() if rows is None else rows
         names = self.measured(rows)
-        lines = ["| codec | quality | bpp | " + " | ".join(map(_label, names)) + " | encode s | decode s |",
-                 "| --- | --- |" + " --- |" * (len(names) + 3)]
+        head = ["codec", "quality", "bpp", *map(_label, names), "encode s", "decode s"]
+        lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
 
         def cell(name, value):
             if value is None: return "-"
             return f"{value:.2f}" if name == "psnr" else f"{value:.4f}" if name in METRICS else f"{value:.4g}"
 
         for row in rows:
-            lines.append(f"| {row['codec']} | {'-' if row['quality'] is None else row['quality']} | {row['bpp']:.4f} | "
-                         + " | ".join(cell(n, row.get(n)) for n in names)
-                         + f" | {row['encode_seconds']:.3f} | {row['decode_seconds']:.3f} |")
+            cells = [row["codec"], "-" if row["quality"] is None else row["quality"], f"{row['bpp']:.4f}",
+                     *(cell(n, row.get(n)) for n in names), f"{row['encode_seconds']:.3f}", f"{row['decode_seconds']:.3f}"]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
         if rows:
             note = f"Means over {rows[0]['photos']} photos"
+            few = {name: rows[0][f"{name}_photos"] for name in names if f"{name}_photos" in rows[0]}
+            if few:  # their rates are not those of the column bpp
+                note += " (" + ", ".join(f"{_label(name)} over the {n} large enough" for name, n in few.items()) + ")"
             if self.features: note += f", set distances over {rows[0]['patches']} patches in features of {self.features}"
             lines += ["", note + "; times are medians."]
         return "\n".join(lines)
@@ -576,7 +599,8 @@ class Evaluation:
         fig, axes = plt.subplots(lines, columns, figsize=(4 * columns, 2.8 * lines), dpi=90, squeeze=False)
         for ax, name in zip(axes.flat, metrics):
             for contender in self.contenders:
-                points = sorted((r["bpp"], r[name]) for r in rows if r["codec"] == contender.label and r.get(name) is not None)
+                own = [r for r in rows if r["codec"] == contender.label and r.get(name) is not None]
+                points = sorted((_rate(r, name), r[name]) for r in own)
                 if points: ax.plot(*zip(*points), "D" if len(points) == 1 else ".-", ms=5, lw=1.2, label=contender.label)
             for label, figures in KODAK_FIGURES.items() if published else ():
                 if name in figures: ax.plot(figures["bpp"], figures[name], "x--", ms=4, lw=0.8, label=f"{label}, on Kodak")
@@ -625,9 +649,14 @@ class Evaluation:
 def _label(name: str) -> str: return METRICS[name].label if name in METRICS else SET_METRICS.get(name, name)
 
 
+def _rate(row: dict, name: str) -> float:
+    "The rate of the photos that a row's value of a metric is over."
+    return row.get(f"{name}_bpp", row["bpp"])
+
+
 def _points(rows: Sequence[dict], name: str) -> tuple[list[float], list[float]]:
     "Rates, and values on the scale of comparisons, of a curve."
-    points = [(r["bpp"], r[name]) for r in rows if r.get(name) is not None]
+    points = [(_rate(r, name), r[name]) for r in rows if r.get(name) is not None]
     scale = METRICS[name].comparable if name in METRICS else (lambda v: -v)
     return [p[0] for p in points], [scale(p[1]) for p in points]
 
@@ -646,21 +675,43 @@ def _names(photos: Sequence[Path | str], root: Path | str) -> list[str]:
     for photo in photos:
         inside = photo[len(root) + 1:] if is_url(photo) else photo.relative_to(root).as_posix()
         full = _slug(inside.replace("/", "_"))
+        if len(full.encode()) > 200: full = _sha256(inside.encode())[:16] + "_" + full.encode()[-150:].decode(errors="ignore")
         name = next(n for n in (full, *(f"{full}_{k}" for k in range(2, len(photos) + 2))) if n not in used)
         used.add(name)
         names.append(name)
     return names
 
 
+def _folder(photos) -> Path | str | None:
+    "The folder that was named, or address; None for a list, or for a file that is here."
+    if not isinstance(photos, (str, os.PathLike)): return None
+    folder = local_or_url(photos)
+    if is_url(folder): return folder.rstrip("/")
+    return folder.absolute() if folder.is_dir() else None
+
+
 def _root(photos, places: Sequence[Path | str]) -> Path | str:
     "The folder that the names of photos are relative to: the one that was named, else the one that all are in."
-    if isinstance(photos, (str, os.PathLike)):
-        folder = local_or_url(photos)
-        if is_url(folder) and folder not in places: return folder.rstrip("/")
-        if not is_url(folder) and folder.is_dir(): return folder.absolute()
+    if (folder := _folder(photos)) is not None and folder not in places: return folder
     if len({is_url(p) for p in places}) > 1: raise EvaluationError("Give paths or addresses of photos, not both in one list.")
     if is_url(places[0]): return os.path.commonprefix([p.rsplit("/", 1)[0] + "/" for p in places]).rsplit("/", 1)[0]
     return Path(os.path.commonpath([p.parent for p in places]))
+
+
+def _no_results(photos: Sequence[Path], root: Path, out: Path) -> list[Path]:
+    "Those of a folder's pictures that no evaluation made, this one or another: its files and curves are no photos."
+    known: dict[Path, bool] = {}
+
+    def made_in(folder: Path) -> bool:
+        if folder not in known: known[folder] = folder == out or (folder/"records.jsonl").exists()
+        return known[folder]
+
+    def is_result(photo: Path) -> bool:
+        above = photo.parents[: len(photo.relative_to(root).parts) - 1]
+        if any(map(made_in, above)): return True
+        return made_in(root) and (root/"files" in above or photo == root/"curves.png")
+
+    return [photo for photo in photos if not is_result(photo)]
 
 
 def _npy(features: np.ndarray) -> bytes:
@@ -698,7 +749,12 @@ def evaluate(photos, codecs, out: str | os.PathLike, *, qualities: dict[str, Seq
     paths = find_images(photos) if isinstance(photos, (str, os.PathLike)) else [local_or_url(p) for p in photos]
     if not paths: raise EvaluationError("There are no photos to evaluate on.")
     places = [p if is_url(p) else p.absolute() for p in paths]
-    names = _names(places, _root(photos, places))
+    root = _root(photos, places)
+    if not is_url(root) and root == _folder(photos):
+        kept = set(_no_results(places, root, Path(out).absolute()))
+        paths, places = ([x for x, place in zip(some, places) if place in kept] for some in (paths, places))
+        if not paths: raise EvaluationError(f"All pictures in {photos} are results of evaluations: name a folder of photos.")
+    names = _names(places, root)
     if limit is not None and limit < len(paths):
         chosen = [i * len(paths) // limit for i in range(limit)]
         paths, names = [paths[i] for i in chosen], [names[i] for i in chosen]

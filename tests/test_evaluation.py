@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import importlib.util
+import io
 import json
 import signal
 import subprocess
@@ -232,6 +233,79 @@ def test_pictures_too_small_and_copies(tmp_path):
     json.loads(result.save().read_text())
 
 
+def test_a_rate_is_that_of_the_photos_that_a_value_is_of(photos, tmp_path):
+    """MS-SSIM of two large photos, with small ones beside them and without: the same curve, the same BD-rate."""
+    few, many = tmp_path / "few", tmp_path / "many"
+    for folder in (few, many):
+        folder.mkdir()
+        for p in find_images(photos)[:2]: (folder / p.name).write_bytes(p.read_bytes())
+    for k in range(3): sample_photo("coffee").crop((50 * k, 0, 50 * k + 64, 64)).save(many / f"small{k}.png")
+    few, many = (evaluate(folder, ["jpeg", "webp"], tmp_path / f"{folder.name}-out", qualities=FEW, metrics=["psnr", "ms_ssim"])
+                 for folder in (few, many))
+    assert many.compare()["webp"]["ms_ssim"] == few.compare()["webp"]["ms_ssim"]
+    assert many.compare()["webp"]["psnr"] != few.compare()["webp"]["psnr"]
+    for row, alone in zip(many.summary(), few.summary()):
+        assert (row["photos"], row["ms_ssim_photos"], row["ms_ssim_bpp"]) == (5, 2, alone["bpp"]) and row["bpp"] != alone["bpp"]
+    assert "Means over 5 photos (MS-SSIM over the 2 large enough)" in many.markdown() and "large enough" not in few.markdown()
+    assert many.plot(["ms_ssim"], published=False).axes[0].lines[0].get_xdata()[0] == few.summary()[0]["bpp"]
+
+
+@pytest.mark.parametrize("place", ["inside", "the folder itself"])
+def test_results_are_no_photos(photos, tmp_path, place):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for p in find_images(photos)[:2]: (folder / p.name).write_bytes(p.read_bytes())
+    out = folder / "outputs" / "mine" if place == "inside" else folder
+    def run(out): return evaluate(folder, ["jpeg"], out, qualities={"jpeg": [20, 50]}, metrics=["psnr"])
+    for again in range(2):
+        result = run(out)
+        assert result.settings["photos"] == 2 and len(result.records) == 4 and result.reused == again * 4
+        result.save()
+    assert (out / "curves.png").exists() and run(tmp_path / "elsewhere").settings["photos"] == 2
+    if place == "inside":
+        assert run(folder / "outputs" / "other").settings["photos"] == 2
+        with pytest.raises(EvaluationError, match="results of evaluations"):
+            evaluate(folder / "outputs", ["jpeg"], tmp_path / "nothing", metrics=["psnr"])
+        taken_at_its_word = evaluate(out / "curves.png", ["jpeg"], tmp_path / "one", metrics=["psnr"], qualities={"jpeg": [50]})
+        assert len(taken_at_its_word.records) == 1
+
+
+def test_a_codec_is_believed_for_what_it_makes_not_for_its_name(photos, tmp_path):
+    class Mine:
+        name, extension = "mine", ".png"
+        def __init__(self, colours): self.colours = colours
+        def compress(self, image):
+            file = io.BytesIO()
+            image.quantize(self.colours).save(file, "PNG")
+            return file.getvalue()
+        def decompress(self, data): return Image.open(io.BytesIO(data)).convert("RGB")
+
+    def run(colours, folder="out"): return evaluate(photos, [Mine(colours)], tmp_path / folder, metrics=["psnr"])
+    first, second = run(4), run(64)
+    assert second.reused == 0 and stable_psnr(second) == stable_psnr(run(64, "afresh")) != stable_psnr(first)
+    assert run(64).reused == 3
+
+
+def test_qualities_are_numbers_of_any_kind_and_count_once(photos, tmp_path):
+    asked = {"hific-lite": ["low", 22, np.int64(50)], "jpeg": [10.0, np.int64(20), 20]}
+    named, jpeg = find_contenders(["hific-lite", "jpeg"], asked)
+    assert named.qualities == (22, 50) and jpeg.qualities == (10, 20) and all(type(q) is int for q in jpeg.qualities)
+    result = evaluate(find_images(photos)[:1], [tiny_codec(levels=True), "jpeg"], tmp_path, metrics=[],
+                      qualities={"tiny": np.arange(0, 40, 20), "jpeg": np.array([10, 20])})
+    assert not result.failed and len(result.records) == 4 and result.save().is_file()
+    assert {line.count("|") for line in result.markdown().splitlines()[:6]} == {6}  # no metric: five cells in every row
+    with pytest.raises(EvaluationError, match="no quality True"): find_contenders(["jpeg"], {"jpeg": [True]})
+    with pytest.raises(EvaluationError, match="given twice"): parse_qualities("jpeg=10; jpeg=20")
+
+
+def test_a_photo_deep_in_folders(photos, tmp_path):
+    deep = tmp_path / "photos" / ("a" * 150) / ("ä" * 80)
+    deep.mkdir(parents=True)
+    for name in ("b.png", "c.png"): (deep / name).write_bytes(find_images(photos)[0].read_bytes())
+    result = evaluate(tmp_path / "photos", ["jpeg"], tmp_path / "out", qualities={"jpeg": [20]}, metrics=["psnr"])
+    assert not result.failed and len({r["photo"] for r in result.records}) == 2
+
+
 def test_models_and_qualities_go_by_the_names_that_they_have_elsewhere(photos, tmp_path):
     named, = find_contenders(["hific-lite"], parse_qualities("hific-lite=low, 56.5,high"))
     assert named.qualities == (22, 56.5, 64) and named.label != "hific-lite" == named.spec
@@ -297,6 +371,7 @@ def test_bd_rate_against_another_implementation(anchor, test, method, percent):
 
 
 def test_a_curve_has_as_many_values_as_rates():
+    with pytest.raises(EvaluationError, match="not 0"): rate_difference([1, 2], [30, 31], 0, 30.5)
     with pytest.raises(EvaluationError, match="not 2 for 3"): bd_rate([1, 2, 3], [30, 31], [1, 2], [30, 31])
 
 
