@@ -63,9 +63,12 @@ def _make_room(target: Path | str, force: bool) -> None:
     except OSError as error: raise HificError(f"{target} cannot be looked at: {error.strerror}.") from error
     if exists and not force:
         raise HificError(f"{target} exists: give --force to overwrite it, or --out to write elsewhere.")
-    if is_url(target): return
-    try: target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error: raise HificError(f"Cannot make the folder {target.parent}: {error.strerror}.") from error
+    if not is_url(target): _make_folder(target.parent)
+
+
+def _make_folder(folder: Path) -> None:
+    try: folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error: raise HificError(f"Cannot make the folder {folder}: {error.strerror}.") from error
 
 
 def for_each_file(inputs: Sequence[Path | str], outputs: Sequence[Path | str], work: Callable[[Path | str, Path | str], str],
@@ -322,13 +325,14 @@ def run_job(name: str, run: Path, parameters: dict, log=None) -> Path | None:
 
     from hific_nb.widgets import trust_notebook
 
-    run.mkdir(parents=True, exist_ok=True)
+    _make_folder(run)
     executed = run/f"{name}.ipynb"
     try: papermill.execute_notebook(str(path), str(executed), {**parameters, "run": str(run)}, kernel_name="python3",
                                     progress_bar=False, stdout_file=log, stderr_file=log and sys.stderr,
                                     extra_arguments=["--IPKernelApp.log_level=ERROR"])
     except papermill.PapermillExecutionError as error:
         raise HificError(f"The job stopped: {error.ename}: {error.evalue} (the executed notebook is {executed}).") from error
+    except OSError as error: raise HificError(f"Cannot write {executed}: {error.strerror}. Name another folder.") from error
     trust_notebook(executed)  # so that JupyterLab shows its slider live
     return executed
 
@@ -410,7 +414,7 @@ def _demo_without_papermill(photo: Path, run: Path, args) -> None:
     from hific_nb.codec import round_trip
     from hific_nb.widgets import comparison_picture
 
-    run.mkdir(parents=True, exist_ok=True)
+    _make_folder(run)
     codec = _codec(args)
     row, original, decoded = round_trip(codec, photo, run, photo.stem)
     picture = comparison_picture(original, decoded, ("original", f"decoded, {row['bpp']:.3f} bpp"))
@@ -428,11 +432,16 @@ def explore_page(name: str = "bitrate_vs_quality") -> Path:
                      "the package again if it does not carry them.")
 
 
-def _free_port() -> int:
+def _free_port(wanted: int | None = None) -> int:
+    "A port of this machine that nobody uses; the one that is wanted, or `HificError`."
     import socket
 
     with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, os.name == "posix")
+        try: s.bind(("127.0.0.1", wanted or 0))
+        except (OSError, OverflowError) as error:
+            why = getattr(error, "strerror", None) or "ports end at 65535"
+            raise HificError(f"The port {wanted} cannot be had here ({why}): leave out --port, or name another.") from None
         return s.getsockname()[1]
 
 
@@ -454,7 +463,7 @@ def _offline_template() -> Path:
 
     folder = Path(jupyter_runtime_dir())/"hific"
     template = folder/"voila"/"templates"/"hific"
-    template.mkdir(parents=True, exist_ok=True)
+    _make_folder(template)
     write_atomic(template/"index.html.j2", _TEMPLATE.lstrip().encode())
     write_atomic(template/"conf.json", b'{"base_template": "lab"}')
     return folder
@@ -478,8 +487,9 @@ def explore_command(args) -> int:
     if args.input is not None:
         read_image(args.input, args.max_pixels)
         settings["HIFIC_EXPLORE_PICTURE"] = str(args.input.resolve())
+    settings["HIFIC_EXPLORE_MAX_PIXELS"] = str(args.max_pixels)
     settings["JUPYTER_PATH"] = os.pathsep.join(filter(None, [str(_offline_template()), os.environ.get("JUPYTER_PATH")]))
-    port = args.port or _free_port()
+    port = _free_port(args.port)
     command = [sys.executable, "-m", "voila", str(explore_page(args.page)), f"--port={port}", "--Voila.ip=127.0.0.1",
                "--Voila.port_retries=0", "--Voila.log_level=ERROR", "--template=hific",
                "--VoilaConfiguration.extension_denylist=['jupyterlab-jupytext']",

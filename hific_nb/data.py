@@ -1230,11 +1230,17 @@ def _prepared(data: bytes, min_side: int, drop_flat: bool, longer_side: int, min
     return data, _EXTENSIONS.get(kind, kind.lower()), photo.size
 
 # %% ../nbs/01_data.ipynb #4fabb1de
+def _kept_record(path: Path) -> dict | None:
+    "A record of an earlier run; None where there is none, or only what a damaged disk left of it."
+    try: found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError): return None
+    return found if isinstance(found, dict) else None
+
+
 def _outcome(photo: ListedPhoto, folder: Path, fetching: dict, rules: dict) -> dict:
     "What became of a photo: its record if it lies in `folder` now, else why not. What a killed run had is not sought again."
     note, stored_at = folder / f"{photo.index:08}.json", folder / f"{photo.index:08}"
-    if note.exists():
-        found = json.loads(note.read_text())
+    if (found := _kept_record(note)) is not None:
         if "file" not in found or (stored_at.exists() and stored_at.stat().st_size == found["bytes"]): return found
     data, found = io.BytesIO(), dict(url=photo.url)
     try:
@@ -1254,6 +1260,32 @@ def _outcome(photo: ListedPhoto, folder: Path, fetching: dict, rules: dict) -> d
         raise HificError(f"Cannot write to {folder} ({error.strerror}): make room on the disk.") from error
     write_atomic(note, json.dumps(found).encode())
     return found
+
+
+def _stored(target: Path, record: dict) -> dict[str, tuple[Path, int]]:
+    "(file, offset) of the photos of a record that are really there, in a shard or a folder, by their names and whole."
+    wanted = {r["file"]: r["bytes"] for r in record["photos"]}
+    if target.suffix != ".tar":
+        return {name: (target / name, 0) for name, size in wanted.items()
+                if (target / name).is_file() and (target / name).stat().st_size == size}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a shard that ends too soon
+        try: found = shard_members(target)
+        except ImageError: return {}
+    return {name: (target, offset) for name, offset, size in found if wanted.get(name) == size}
+
+
+def _take_over(block: list[ListedPhoto], folder: Path, record: dict, there: dict[str, tuple[Path, int]]) -> None:
+    "Put what an earlier run stored into `folder`, where `_outcome` finds it: a block grew, or lost some of its files."
+    known = {r["url"]: r for r in reversed(record["photos"])}
+    for photo in block:
+        found, note = known.pop(photo.url, None), folder / f"{photo.index:08}.json"
+        if found is None or found["file"] not in there or note.exists(): continue
+        path, offset = there[found["file"]]
+        with open(path, "rb") as file:
+            file.seek(offset)
+            (folder / f"{photo.index:08}").write_bytes(file.read(found["bytes"]))
+        write_atomic(note, json.dumps(found).encode())
 
 
 def _pack(target: Path, folder: Path, found: list[tuple[ListedPhoto, dict]]) -> dict:
@@ -1288,8 +1320,9 @@ def fetch_photos(source, run, *, column: str = "OriginalURL", limit: int = 0, ph
     PNG), and drop what would not shrink by `min_shrink`; 0: keep the files as they come.
     progress: called with the counts so far (done, total, photos, failed, dropped, bytes) after each photo.
 
-    The same call goes on where an earlier one ended; other settings in the same folder raise `HificError`, so does a
-    second run at the same time, and an outage of the network. Returns the counts, and writes manifest.csv (file, shard,
+    The same call goes on where an earlier one ended, and fetches again what is no longer there; a larger limit adds, a smaller
+    one takes nothing away. Other settings in the same folder raise `HificError`, so does a second run at the same time, and an
+    outage of the network. Returns the counts, and writes manifest.csv (file, shard,
     url, width, height, bytes, sha256, license, author) and failed.txt, a list of what could not be had and why, which
     is itself a list to fetch.
     """
@@ -1309,7 +1342,9 @@ def fetch_photos(source, run, *, column: str = "OriginalURL", limit: int = 0, ph
         digest = source if source == "kodak" else _file_digest(source)
         settings = dict(list=digest, column=column, photos_per_shard=photos_per_shard, **rules)
         before = run / "fetch.json"
-        if before.exists() and json.loads(before.read_text()) != settings:
+        if before.exists() and (known := _kept_record(before)) is None:
+            raise HificError(f"{before} is damaged: delete it if the list and the settings are those of before.")
+        if before.exists() and known != settings:
             raise HificError(f"{run} holds photos of another list, or with other settings: name another folder.")
         total = sum(1 for _ in islice(read_photo_list(source, column), limit or None))  # finds a wrong line before it starts
         write_atomic(before, (json.dumps(settings, indent=2) + "\n").encode())
@@ -1388,6 +1423,8 @@ def _fetch_blocks(listed, total: int, run: Path, per_shard: int, workers: int, f
     size, pending = per_shard or 1000, deque()
     pool = ThreadPoolExecutor(workers, "fetch", initializer=_set_cancel, initargs=(cancel,))
 
+    def target(k: int) -> Path: return run / f"photos-{k:06}.tar" if per_shard else run / "photos"
+
     def finish() -> None:
         k, folder, block, futures = pending.popleft()
         waiting = set(futures)
@@ -1395,7 +1432,7 @@ def _fetch_blocks(listed, total: int, run: Path, per_shard: int, workers: int, f
             waiting = wait(waiting, 0.5).not_done
             if progress is not None: progress(dict(counts))  # from this thread, which may draw
         found = [(photo, future.result()) for photo, future in zip(block, futures, strict=True)]
-        record = _pack(run / f"photos-{k:06}.tar" if per_shard else run / "photos", folder, found)
+        record = _pack(target(k), folder, found)
         write_atomic(run / f"photos-{k:06}.json", (json.dumps(record) + "\n").encode())
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -1404,14 +1441,16 @@ def _fetch_blocks(listed, total: int, run: Path, per_shard: int, workers: int, f
             block = list(islice(listed, size))
             if not block: break
             record, folder = run / f"photos-{k:06}.json", run / f".photos-{k:06}"
-            if record.exists():
-                old = json.loads(record.read_text())
-                whole = not (per_shard and old["photos"]) or (run / f"photos-{k:06}.tar").exists()
-                if whole and old["lines"] == len(block):  # else a limit cut it short
+            old = _kept_record(record)
+            if old is not None:
+                there = _stored(target(k), old)
+                if len(there) == len(old["photos"]) and old["lines"] >= len(block):  # else a limit cut it short
+                    counts["total"] += old["lines"] - len(block)
                     for r in (*old["photos"], *old["failed"], *[{"dropped": ""}] * sum(old["dropped"].values())): add(r)
                     shutil.rmtree(folder, ignore_errors=True)
                     continue
             folder.mkdir(exist_ok=True)
+            if old is not None: _take_over(block, folder, old, there)
             pending.append((k, folder, block, [pool.submit(work, photo, folder) for photo in block]))
             if len(pending) == 3: finish()  # two blocks ahead: the last photos of one do not stop the others
         while pending: finish()
@@ -1432,7 +1471,10 @@ def _summary(run: Path, shards: bool) -> dict:
     writer = csv.DictWriter(table, columns, lineterminator="\n")
     writer.writeheader()
     for path in sorted(run.glob("photos-*.json")):
-        record = json.loads(path.read_text())
+        record = _kept_record(path)
+        if record is None:  # of a block beyond this limit
+            warnings.warn(f"{path} is damaged: a call with a larger limit fetches its photos again.", stacklevel=2)
+            continue
         tar = f"{path.stem}.tar" if shards else "photos"
         tars += bool(shards and record["photos"])
         writer.writerows(photo | {"shard": tar} for photo in record["photos"])

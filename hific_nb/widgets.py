@@ -25,6 +25,7 @@ import zlib
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -53,9 +54,9 @@ class WidgetError(HificError, ValueError):
     "Pictures that cannot be shown together, or a missing package; the message says what to do."
 
 
-def _visible(image) -> Image.Image:
+def _visible(image, max_pixels: int | None = None) -> Image.Image:
     "What is seen of a picture, a path or bytes: RGB, transparent parts on white."
-    image = read_image(image)
+    image = read_image(image, max_pixels)
     if image.mode == "RGB": return image
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
@@ -452,9 +453,41 @@ function render({ model, el }) {
   const watch = new ResizeObserver(draw);
   watch.observe(el);
   el.append(box);
+  // In an explorer: names for the controls of ipywidgets, of what is written beside them, and which button is pressed.
+  const say = (node, name, value) => { if (value && node.getAttribute(name) !== value) node.setAttribute(name, value); };
+  const words = (node) => (node && node.textContent.trim()) || "";
+  const beside = (node) => node.previousElementSibling?.matches(".widget-html") ? words(node.previousElementSibling) : "";
+  const label = (root) => {
+    for (const slider of root.querySelectorAll(".noUi-handle"))
+      say(slider, "aria-label", words(slider.closest(".widget-slider")?.querySelector(".widget-label")));
+    for (const menu of root.querySelectorAll(".widget-dropdown select")) {
+      const around = menu.closest(".widget-dropdown");
+      say(menu, "aria-label", words(around.querySelector(".widget-label")) || beside(around));
+    }
+    for (const group of root.querySelectorAll(".widget-toggle-buttons")) {
+      say(group, "role", "group");
+      say(group, "aria-label", words(group.querySelector(".widget-label")) || beside(group));
+    }
+    for (const button of root.querySelectorAll(".widget-toggle-button"))
+      say(button, "aria-pressed", String(button.classList.contains("mod-active")));
+  };
+  let root = null, frame = 0, tries = 0;
+  const controls = new MutationObserver(() => {
+    cancelAnimationFrame(frame);
+    frame = requestAnimationFrame(() => label(root));
+  });
+  const find = () => {
+    root = el.closest(".hific-explorer, .hific-inside, .hific-gan");
+    if (gone || !root && tries++ > 20) return;
+    if (!root) { setTimeout(find, 100); return; }  // it is not on the page yet
+    controls.observe(root, { subtree: true, childList: true, attributes: true, attributeFilter: ["class"] });
+    label(root);
+  };
+  find();
   return () => {
     gone = true;
     watch.disconnect();
+    controls.disconnect();
     watched.forEach((stop) => stop());
     for (const [name, listener] of listeners) model.off(name, listener);
     urls.forEach((url) => url && URL.revokeObjectURL(url));
@@ -647,16 +680,16 @@ def _file_classes():
 
         def __init__(self, **values):
             super().__init__(**values)
-            self._coming = ("", bytearray())
+            self._coming: dict[str, bytearray] = {}  # two files may come at once, piece by piece in turn
             self.on_msg(self._receive)
 
         def _receive(self, _, content, buffers):
-            if self._coming[0] != content["id"]: self._coming = (content["id"], bytearray())
-            data = self._coming[1]
+            data = self._coming.setdefault(content["id"], bytearray())
+            while len(self._coming) > 8: del self._coming[next(iter(self._coming))]  # of pages that were closed
             if len(data) + len(buffers[0]) > min(content["size"], self.max_bytes): return
             data += buffers[0]
             if len(data) < content["size"]: return
-            self._coming = ("", bytearray())
+            del self._coming[content["id"]]
             self.message, self.file = "", None  # the same file again is news, too
             self.file = (content["name"], bytes(data))
 
@@ -800,9 +833,11 @@ class PictureFiles:
         grid = [None] if not known else sorted({round(i * (known - 1) / (levels - 1)) for i in range(levels)})
         for level in grid: yield self.measure(self.ours(level))
         for name in self.tables:
-            for quality in get_baseline(name).defaults: yield self.measure(self.baseline(name, quality))
+            with suppress(HificError):  # WebP, for one, ends at 16383 pixels; who asks for it is told
+                for quality in get_baseline(name).defaults: yield self.measure(self.baseline(name, quality))
         for table in self.tables.values():
-            for quality in table.qualities: yield table.size(quality)
+            with suppress(HificError):
+                for quality in table.qualities: yield table.size(quality)
 
     def curve(self, name: str, figure: str) -> list[tuple[float, float]]:
         "(bpp, figure) of what is measured under our model (\"ours\") or a baseline, by rate."
@@ -824,7 +859,8 @@ class NewestOnly:
         self.failed = failed
         self._condition = threading.Condition(threading.RLock())
         self._number, self._job, self._running, self._stopped = 0, None, False, False
-        threading.Thread(target=self._run, daemon=True).start()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
         atexit.register(self.stop)  # no network may be at work when the interpreter goes
 
     def submit(self, job: Callable, before: Callable[[], None] | None = None) -> None:
@@ -853,7 +889,8 @@ class NewestOnly:
             self._stopped, self._job = True, None
             self._number += 1
             self._condition.notify_all()
-        self.wait(timeout)
+        if threading.current_thread() is not self._thread: self._thread.join(timeout)
+        atexit.unregister(self.stop)
 
     def _run(self) -> None:
         while True:
@@ -1017,6 +1054,15 @@ def _choice(name: str, options: Sequence, description: str):
     return buttons, w.HBox([label, buttons], layout=w.Layout(align_items="center"))
 
 
+def _checked_state(proposal: dict, known, levels: int):
+    "What code, or a control, gives an explorer: a level, or one of the names `known`, or none where that is possible."
+    name, value = proposal["trait"].name, proposal["value"]
+    if name == "level": fine, those = value < max(1, levels), f"0 ... {max(1, levels) - 1}"
+    else: fine, those = value in known or not value and (name != "baseline" or not known), ", ".join(known)
+    if fine: return value
+    raise _notebook_packages()[2].TraitError(f"There is no {name} {value!r}: take one of {those}.")
+
+
 def _reduced(image: Image.Image, max_pixels: int) -> Image.Image:
     "A picture that has no more pixels."
     factor = (max_pixels / (image.width * image.height)) ** 0.5
@@ -1061,6 +1107,11 @@ def _explorer_class():
             self.level = codec.level_of() if codec.levels else 0
             self._links()
             self.picture = next(iter(self.pictures))
+
+        @traitlets.validate("picture", "level", "baseline")
+        def _is_there(self, proposal):
+            known = self.pictures if proposal["trait"].name == "picture" else self._known
+            return _checked_state(proposal, known, self.codec.levels)
 
         # ---- what it is made of
 
@@ -1123,11 +1174,12 @@ def _explorer_class():
         def _opened(self, name: str) -> PictureFiles:
             "The files of a picture; the last three are kept."
             if name not in self._files:
-                image, source = _visible(self.pictures[name]), self.pictures[name]
+                source = self.pictures[name]
+                image = _visible(source, _most_pixels())
                 small = _reduced(image, self.max_pixels)
                 files = PictureFiles(self.codec, small)
-                if small.size == image.size and isinstance(source, Path):
-                    size = source.stat().st_size
+                if small.size == image.size and isinstance(source, (Path, bytes)):
+                    size = source.stat().st_size if isinstance(source, Path) else len(source)
                     files.original.figures = {"bytes": size, "bpp": bpp(size, *small.size)}
                 files.note = _size_note(image, small)
                 self._files[name] = files
@@ -1234,6 +1286,8 @@ def _explorer_class():
         def close(self) -> None:
             self._closed = True
             self._jobs.stop()
+            atexit.unregister(self._end)
+            _close_within(self)
             super().close()
 
         def _repr_mimebundle_(self, **kwargs):
@@ -1244,6 +1298,15 @@ def _explorer_class():
             return f"BitrateExplorer({self.codec.name!r}, picture={self.picture!r}, level={self.level}, baseline={self.baseline!r})"
 
     return BitrateExplorer
+
+
+def _close_within(widget, *more) -> None:
+    "Close the children of a widget, and more: the registry of ipywidgets keeps what is not closed, with its pictures."
+    for child in (*widget.children, *more):
+        if hasattr(child, "children"): _close_within(child)
+        for part in (child, child.layout, getattr(child, "style", None)):
+            if part is not None: part.close()
+    widget.layout.close()
 
 
 def _lower_priority() -> None:
@@ -1267,21 +1330,26 @@ def bitrate_explorer(model="hific-lite", picture=None, max_pixels: int = 2 ** 21
 
 def _take_picture(explorer, name: str, source) -> str | None:
     "Put a picture among an explorer's, and say under which name; None, and a sentence on its page, where it cannot be read."
-    try: image = read_image(source, MAX_PIXELS)
+    try: image = read_image(source, _most_pixels())
     except HificError as error:
         text = f"{name}: {error}"
         explorer.said.value = f'<b role="alert" style="color: #c00000">{html.escape(text)}</b>'
         return None
     while name in explorer.pictures: name += " (again)"
-    explorer.pictures[name] = image
+    explorer.pictures[name] = source if isinstance(source, bytes) else image  # an upload is smaller as the file it was
     return name
+
+
+def _most_pixels() -> int:
+    "Those that a picture may have: `hific explore --max-pixels`, else as everywhere."
+    return int(os.environ.get("HIFIC_EXPLORE_MAX_PIXELS") or MAX_PIXELS)
 
 
 def _menu(picture=None) -> dict[str, Path]:
     "Pictures to choose from: one's own first, where it is one, and sample photos."
     pictures = {name: sample_photo_path(name) for name in ("coffee", "astronaut", "chelsea", "rocket")}
     if picture is None: return pictures
-    read_image(picture, MAX_PIXELS)  # what is no picture is refused here
+    read_image(picture, _most_pixels())  # what is no picture is refused here
     return {Path(picture).name: Path(picture)} | pictures
 
 # %% ../nbs/17_widgets.ipynb #30081071
@@ -1783,7 +1851,7 @@ function render({ model, el }) {
       const c = Number(thumb.dataset.channel);
       thumb.classList.toggle("off", off.has(c));
       thumb.setAttribute("aria-selected", c === chosen);
-      thumb.tabIndex = c === chosen ? 0 : -1;
+      thumb.tabIndex = c === chosen || k === 0 && !get("order").includes(chosen) ? 0 : -1;
       thumb.lastChild.textContent = `${c}${notes[k] ? " · " + notes[k] : ""}`;
       thumb.setAttribute("aria-label", `channel ${c}, ${notes[k]}${off.has(c) ? ", off" : ""}`);
       if (c === chosen && focused) thumb.focus();
@@ -2147,7 +2215,7 @@ _INTRODUCTIONS = {
 def _inside_class():
     _, w, traitlets = _notebook_packages()
     Boxes, Maps, Channels, FileBytes = _inside_parts()
-    narrow, classed = w.Layout(width="auto"), _classed
+    classed = _classed
 
     def row(*parts): return w.HBox(parts, layout=w.Layout(flex_flow="row wrap", align_items="center"))
 
@@ -2155,9 +2223,9 @@ def _inside_class():
         label = w.HTML(f'<span class="hific-words">{html.escape(words)}</span>')
         return w.HBox([label, widget], layout=w.Layout(align_items="center", flex_flow="row wrap"))
 
-    def buttons(options, name):
-        layout = w.Layout(width="max-content", max_width="100%")
-        return classed(w.ToggleButtons(options=options, style={"button_width": "auto"}, layout=layout), name)
+    def buttons(options, name, description=""):
+        layout, style = w.Layout(width="max-content", max_width="100%"), {"button_width": "auto", "description_width": "initial"}
+        return classed(w.ToggleButtons(options=options, description=description, style=style, layout=layout), name)
 
     class InsideExplorer(w.VBox):
         """See `inside_explorer`. State that code can set: picture and level; box, the one that is open; channel, place (row and
@@ -2194,10 +2262,13 @@ def _inside_class():
             self._links()
             self.picture = next(iter(self.pictures))
 
+        @traitlets.validate("picture", "level", "donor")
+        def _is_there(self, proposal): return _checked_state(proposal, self.pictures, self.codec.levels)
+
         # ---- what it is made of
 
         def _parts(self) -> list:
-            names = list(self.pictures)
+            names, narrow = list(self.pictures), w.Layout(width="auto")
             self.chooser = classed(w.Dropdown(options=names, layout=w.Layout(width="200px")), "picture")
             plain = {"description_width": "initial"}
             def slider(name, description, width, **more):
@@ -2227,8 +2298,8 @@ def _inside_class():
                                                  style=plain, readout=False), "opacity")
             self.file = classed(FileBytes(), "bytes")
             self.table = classed(w.HTML(), "table")
-            self.sides = buttons([("original | file", 0), ("original | changed", 1), ("file | changed", 2)], "sides")
-            self.zoom = buttons([("fit", 0), ("100 %", 100), ("200 %", 200), ("400 %", 400)], "zoom")
+            self.sides = buttons([("original | file", 0), ("original | changed", 1), ("file | changed", 2)], "sides", "compare")
+            self.zoom = buttons([("fit", 0), ("100 %", 100), ("200 %", 200), ("400 %", 400)], "zoom", "zoom")
             self.difference = classed(w.ToggleButton(description="difference × 4", layout=narrow), "difference")
             def button(words, name, act):
                 made = classed(w.Button(description=words, layout=narrow), name)
@@ -2274,8 +2345,8 @@ def _inside_class():
             pairs = ((0, 1), (0, 2), (1, 2))
             self.sides.observe(lambda change: self.view.set_trait("left", pairs[change["new"]][0]), "value")
             self.sides.observe(lambda change: self.view.set_trait("right", pairs[change["new"]][1]), "value")
-            self.steps.observe(lambda change: setattr(self, "step", change["new"]), "value")
-            self.flips.observe(lambda change: setattr(self, "flip", change["new"]), "value")
+            for part, name in ((self.steps, "step"), (self.flips, "flip")):  # none is pressed for a value that none stands for
+                part.observe(lambda change, name=name: change["new"] is None or self.set_trait(name, change["new"]), "value")
             self.keep.observe(self._kept, "value")
             self.rank.observe(lambda change: self.inside and self.set_trait("channel", int(self.inside.by_cost[change["new"]])),
                               "value")
@@ -2302,9 +2373,10 @@ def _inside_class():
             "What is inside a picture, cut to a size where one is given; the last six are kept."
             key = name, level, size
             if key not in self._known:
-                image = _visible(self.pictures[name])
+                image = _visible(self.pictures[name], _most_pixels())
                 if size is not None: image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
                 self._known[key] = PictureInside(self.codec, _reduced(image, self.max_pixels), level)
+                self._known[key].whole = image.size
                 while len(self._known) > 6: self._known.popitem(last=False)
             self._known.move_to_end(key)
             return self._known[key]
@@ -2342,7 +2414,7 @@ def _inside_class():
             C, h, wide = inside.y.shape
             W, H = inside.image.size
             note = f"{name}: {W} × {H} pixels"
-            whole = _visible(self.pictures[name]).size
+            whole = inside.whole
             if whole != (W, H): note += f", reduced from {whole[0]} × {whole[1]} for this page"
             self.said.value = f'<span style="font: 13px sans-serif">{html.escape(note)}</span>'
             self._following = True
@@ -2488,7 +2560,11 @@ def _inside_class():
             self.undo.disabled = self.change is None
             for buttons, value in ((self.steps, self.step), (self.flips, self.flip)):
                 if buttons.value != value: buttons.value = value if value in dict(buttons.options).values() else None
-            getattr(self, f"_draw_{self.box.lower()}")(self.inside, (self.channel, *self.place))
+            getattr(self, f"_draw_{self.box.lower()}")(self.inside, self._looked_at())
+
+        def _looked_at(self) -> tuple[int, int, int]:
+            "Channel, row and column; code may have named a latent that is not there."
+            return tuple(min(max(k, 0), n - 1) for k, n in zip((self.channel, *self.place), self.inside.y.shape))
 
         def _draw_photo(self, inside, place) -> None:
             (W, H), (_, h, wide) = inside.image.size, inside.y.shape
@@ -2624,13 +2700,15 @@ def _inside_class():
 
         def still(self) -> Image.Image:
             "All boxes as one picture; its words are those that Pillow's own font can write."
-            inside = self.inside
-            c, bits, width = self.channel, inside.bits["latents"], 316
-            factor = width / inside.image.width
-            def fit(image): return image.resize((width, max(1, round(inside.image.height * factor))), Image.Resampling.LANCZOS)
+            inside, tallest = self.inside, 640
+            c, bits, width = self._looked_at()[0], inside.bits["latents"], 316
+            def sized(picture, size, wide, how):
+                factor = min(wide / size[0], tallest / size[1])
+                return picture.resize(tuple(max(1, round(n * factor)) for n in size), how)
+            def fit(image): return sized(image, inside.image.size, width, Image.Resampling.LANCZOS)
             def enlarge(values, low, high, colours, wide=width):
                 picture = value_picture(values, low, high, colours)
-                return picture.resize((wide, max(1, round(wide * picture.height / picture.width))), Image.Resampling.NEAREST)
+                return sized(picture, picture.size, wide, Image.Resampling.NEAREST)
             def over(values):
                 H, W = 16 * values.shape[0], 16 * values.shape[1]
                 heat = value_picture(values, 0, float(np.quantile(values, 0.995)), _EMBERS).resize((W, H), Image.Resampling.NEAREST)
@@ -2647,8 +2725,7 @@ def _inside_class():
             rows = [[(f"photo, {inside.image.width} x {inside.image.height}", fit(inside.image)),
                      (f"the file's picture, {psnr(inside.image, inside.picture):.2f} dB", fit(inside.picture)),
                      (f"bits: {len(inside.data):,} bytes", over(inside.bit_map("latents") + inside.bit_map("hyperlatents")))],
-                    [("latents, the 32 dearest channels", atlas.resize((wide, round(wide * atlas.height / atlas.width)),
-                                                                       Image.Resampling.NEAREST))], maps]
+                    [("latents, the 32 dearest channels", sized(atlas, atlas.size, wide, Image.Resampling.NEAREST))], maps]
             height = sum(max(p.height for _, p in line) + 26 for line in rows)
             page, y = Image.new("RGB", (wide, height), "white"), 0
             draw, font = ImageDraw.Draw(page), ImageFont.load_default(13)
@@ -2667,6 +2744,7 @@ def _inside_class():
 
         def close(self) -> None:
             self._jobs.stop()
+            _close_within(self, *(part for parts in self.panels.values() for part in parts))  # the boxes that are not open, too
             super().close()
 
         def __repr__(self) -> str: return f"InsideExplorer({self.codec.name!r}, picture={self.picture!r}, box={self.box!r})"
@@ -2970,6 +3048,9 @@ def _gan_class():
             self._links()
             self.picture = next(iter(self.pictures))
 
+        @traitlets.validate("picture", "level")
+        def _is_there(self, proposal): return _checked_state(proposal, self.pictures, self.pair.codec.levels)
+
         # ---- what it is made of
 
         def _parts(self) -> list:
@@ -3022,7 +3103,7 @@ def _gan_class():
         def _opened(self, name: str) -> PictureBlends:
             "The last three pictures are kept."
             if name not in self._known:
-                whole = _visible(self.pictures[name])
+                whole = _visible(self.pictures[name], _most_pixels())
                 files = PictureBlends(self.pair, _reduced(whole, self.max_pixels))
                 files.note = _size_note(whole, files.image)
                 self._known[name] = files
@@ -3100,6 +3181,7 @@ def _gan_class():
 
         def close(self) -> None:
             self._jobs.stop()
+            _close_within(self)
             super().close()
 
         # ---- for readers without scripts

@@ -154,6 +154,15 @@ class Page:
         place = {side: round(value) for side, value in self.at(".hific-split-box").bounding_box().items()}
         return np.asarray(Image.open(io.BytesIO(self.page.screenshot(clip=place))).convert("RGB")).astype(int)
 
+    def check_names(self) -> None:
+        "Every control says what it is, to those who do not see what it stands beside; every choice, which button is pressed."
+        self.page.wait_for_function("""() => {
+            const root = document.querySelector(".hific-explorer, .hific-inside, .hific-gan");
+            const all = (selector, name) => [...root.querySelectorAll(selector)].every((e) => e.getAttribute(name));
+            return all("[role=slider], select, .widget-toggle-buttons", "aria-label")
+                && all(".widget-toggle-button", "aria-pressed");
+        }""", timeout=10_000)
+
     def shot(self, name):
         SHOTS.mkdir(parents=True, exist_ok=True)
         self.page.screenshot(path=SHOTS / f"{name}.png")

@@ -86,6 +86,9 @@ ASKED = f"""() => {{  // a key on the slider, and the sign: before, and after, i
 }}"""
 
 
+PRESSED = """() => [...document.querySelectorAll(".widget-toggle-button[aria-pressed=true]")].map((b) => b.textContent.trim())"""
+
+
 def test_page_by_voila(chromium, codec, photo, tmp_path):
     """`hific explore`: the whole page, its slider, keys, uploads and downloads."""
     with explore(tmp_path, photo, "--model", MODEL) as (url, log):
@@ -97,6 +100,8 @@ def test_page_by_voila(chromium, codec, photo, tmp_path):
         assert first == codec.compress(original, quality=50)
         page.shot("voila-first")
 
+        page.check_names()
+        assert page.page.evaluate(PRESSED) == ["AVIF", "bpp", "fit", "PSNR"]
         # the sign is there before Python can have heard of the question
         assert page.page.evaluate(ASKED) == ["false", "true"]
         page.settled(ours="level 5")

@@ -271,6 +271,49 @@ def test_one_run_one_list_one_setting(web, tmp_path):
     assert files(run) == before
 
 
+def stored(run):
+    if (run / "photos").is_dir(): return {p.name: p.read_bytes() for p in (run / "photos").iterdir()}
+    return {name: data for shard in sorted(run.glob("*.tar")) for name, data in members(shard).items()}
+
+
+@pytest.mark.parametrize("per_shard", [0, 1000])
+def test_a_limit_adds_and_takes_nothing_away(web, tmp_path, per_shard):
+    shelf, address = web
+    for i in range(6): shelf[f"/{i}.jpg"] = jpeg(i)
+    listed, run = text_list(tmp_path / "l", [*(f"{address}/{i}.jpg" for i in range(6)), f"{address}/0.jpg"]), tmp_path / "run"
+    def fetch(limit): return fetch_photos(listed, run, limit=limit, photos_per_shard=per_shard, **QUICK)
+    assert [fetch(limit)["photos"] for limit in (3, 5, 2)] == [3, 5, 5]
+    assert all(shelf.asked[f"/{i}.jpg"] == 1 for i in range(5)) and len(stored(run)) == 5
+    assert fetch(0)["photos"] == len(stored(run)) == 7 and shelf.asked["/0.jpg"] == 2 and shelf.asked["/1.jpg"] == 1
+    afresh = tmp_path / "afresh"
+    fetch_photos(listed, afresh, photos_per_shard=per_shard, **QUICK)
+    assert stored(run) == stored(afresh) and (run / "manifest.csv").read_bytes() == (afresh / "manifest.csv").read_bytes()
+
+
+@pytest.mark.parametrize("per_shard", [0, 4])
+def test_what_is_gone_is_fetched_again(web, tmp_path, per_shard):
+    shelf, address = web
+    for i in range(8): shelf[f"/{i}.jpg"] = jpeg(i)
+    listed, run = text_list(tmp_path / "l", (f"{address}/{i}.jpg" for i in range(8))), tmp_path / "run"
+    def fetch(): return fetch_photos(listed, run, photos_per_shard=per_shard, **QUICK)
+    counts, before = fetch(), stored(run)
+    if per_shard:
+        shard = run / "photos-000000.tar"
+        with tarfile.open(shard) as tar: third = tar.getmembers()[2]
+        shard.write_bytes(shard.read_bytes()[: third.offset_data + 100])  # cut off within the third
+    else:
+        (run / "photos" / "00000002.jpg").unlink()
+        (run / "photos" / "00000003.jpg").write_bytes(b"half")
+    assert fetch() == counts and stored(run) == before
+    assert [shelf.asked[f"/{i}.jpg"] for i in range(8)] == [1, 1, 2, 2, 1, 1, 1, 1]
+    (run / "photos-000000.json").write_text('{"lines": 2, "pho')
+    assert fetch() == counts and stored(run) == before
+    (run / "fetch.json").write_text('{"li')
+    with pytest.raises(HificError, match="fetch.json is damaged: delete it"): fetch()
+    (run / "fetch.json").unlink()
+    assert fetch() == counts
+
+
 @pytest.mark.parametrize("wrong", [dict(workers=0), dict(limit=-1), dict(limit="many"), dict(photos_per_shard=2.5), dict(max_mb=0),
                                    dict(quality=101), dict(drop_flat="true"), dict(retries=True), dict(min_side=0)])
 def test_settings_that_cannot_be(wrong, tmp_path):

@@ -422,6 +422,7 @@ def test_page_by_voila(chromium, pair, gan, photo, tmp_path):
     with explore(tmp_path, photo, "--base", MODEL, "--model", gan, "--page", "what_the_gan_adds") as (url, _):
         page = Page(chromium, url, accept_downloads=True, viewport=(1100, 1500))
         page.check_answer(pair, gan, original, 1, 1, "pixels")
+        page.check_names()
         page.shot("gan-first")
 
         # the slider, and the sign that is there at once

@@ -399,7 +399,9 @@ class Page(browser.Page):
         for row, size in rows.items(): self.at(f".hific-table tr.hific-{row} td.bytes:text-is('{size:,}')").wait_for()
         self.page.wait_for_function(f"{BOX}?.getAttribute('aria-busy') === 'false' && document.querySelector('.hific-table td')")
 
-    def open(self, name): self.at(f".hific-boxes-row button[data-name={name}]").click()
+    def open(self, name):
+        self.at(f".hific-boxes-row button[data-name={name}]").click()
+        self.check_names()
 
     def values(self, name, k=0) -> np.ndarray:
         "What the k-th map of a widget is made of."
