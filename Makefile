@@ -37,7 +37,7 @@ test: $(VENV)/.ready-dev
 	@status=0; checks=; \
 	$(CHECKS) \
 	[ $$status = 0 ] || checks="the checks before pytest found faults, above"; \
-	$(BIN)/python -m pytest || status=1; \
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile || status=1; \
 	[ -z "$$checks" ] || echo "$$checks"; \
 	exit $$status
 

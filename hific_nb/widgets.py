@@ -2299,7 +2299,7 @@ def _inside_class():
             self.file = classed(FileBytes(), "bytes")
             self.table = classed(w.HTML(), "table")
             self.sides = buttons([("original | file", 0), ("original | changed", 1), ("file | changed", 2)], "sides", "compare")
-            self.zoom = buttons([("fit", 0), ("100 %", 100), ("200 %", 200), ("400 %", 400)], "zoom", "zoom")
+            self.zoom = buttons([("fit", 0), ("100 %", 100), ("200 %", 200), ("400 %", 400)], "zoom")
             self.difference = classed(w.ToggleButton(description="difference × 4", layout=narrow), "difference")
             def button(words, name, act):
                 made = classed(w.Button(description=words, layout=narrow), name)
@@ -2328,7 +2328,8 @@ def _inside_class():
             title = w.HTML('<div class="hific-title">What comes out</div>')
             rate = [self.slider] if self.codec.levels else []
             return [row(labelled(self.chooser, "picture"), self.upload), *rate, self.said, self.boxes, self.panel,
-                    row(title, self.undo), self.table, row(self.sides, self.zoom, self.difference), self.view, self.download]
+                    row(title, self.undo), self.table, row(self.sides, labelled(self.zoom, "zoom"), self.difference), self.view,
+                    self.download]
 
         def _links(self) -> None:
             link = traitlets.link

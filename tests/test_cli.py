@@ -200,6 +200,15 @@ def test_demo_without_papermill(tmp_path, monkeypatch, capsys):
     assert "hific_nb[notebooks]" in printed
 
 
+@pytest.mark.parametrize("arguments", [["demo", "--out"], ["train", "--dataset", ".", "--run"],
+                                       ["fetch", "--source", "l", "--run"]])
+def test_a_run_folder_that_cannot_be(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert main([*arguments, "file"]) == 1
+    assert capsys.readouterr().err == "hific: Cannot make the folder file: File exists.\n"
+
+
 def test_evaluate(photos, tmp_path, capsys):
     arguments = ["evaluate", str(photos), "--out", str(tmp_path / "out"), "--models", "", "--baselines", "jpeg,webp", "--qualities",
                  "jpeg=5,20,50,80; webp=10,80", "--metrics", "psnr,ms_ssim"]

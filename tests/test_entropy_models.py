@@ -215,7 +215,7 @@ def test_the_nearest_scale_is_chosen():
     lambda: scale_grid(0), lambda: scale_grid(2, 1), lambda: scale_grid(levels=1), lambda: scale_tables(np.array([])),
     lambda: scale_tables(np.array([0.0])), lambda: scale_tables(np.array([1.0, math.nan])),
     lambda: scale_tables(scale_grid(), precision=0), lambda: factorized_tables(FactorizedDensity(1), precision=17),
-), ids=str)
+))
 def test_table_makers_refuse(make):
     with pytest.raises(TableError):
         make()

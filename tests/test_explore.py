@@ -3,6 +3,7 @@
 import io
 import re
 import shutil
+import socket
 
 import browser
 import numpy as np
@@ -241,7 +242,13 @@ def test_explore_says_what_is_wrong(tmp_path, capsys):
 
     notes = tmp_path / "notes.jpg"
     notes.write_text("no picture")
-    wrong = ([str(notes)], "notes.jpg"), ([str(tmp_path / "gone.png")], "gone.png"), (["--model", "hific-lyte"], "lyte")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert main(["explore", "--no-browser", "--port", port]) == 1 and port in capsys.readouterr().err
+    wrong = (([str(notes)], "notes.jpg"), ([str(tmp_path / "gone.png")], "gone.png"), (["--model", "hific-lyte"], "lyte"),
+             (["--port", "80000"], "ports end at 65535"))
     for arguments, text in wrong:
         assert main(["explore", "--no-browser", *arguments]) == 1
         assert text in capsys.readouterr().err

@@ -312,6 +312,26 @@ def test_changes_by_code(leveled, cup, tmp_path):
     explorer.close()
 
 
+def test_states_that_no_control_has(leveled, cup, tmp_path):
+    cup.save(tmp_path / "cup.png")
+    explorer = inside_explorer(leveled, tmp_path / "cup.png")
+    assert explorer.wait(60)
+    for box, name, value in (("prediction", "step", 3.0), ("prediction", "step", 0.3), ("file", "flip", 4)):
+        explorer.box = box
+        setattr(explorer, name, value)
+        assert explorer.wait(60) and getattr(explorer, name) == value and not explorer.view.message and explorer.change is not None
+        assert explorer.steps.value == 1.0 if name == "flip" else explorer.steps.value is None
+        explorer.reset()
+        assert explorer.wait(60)
+    explorer.place, explorer.channel = [500, 500], 9999
+    for box in explorer.BOXES: explorer.box = box  # the last latent there is
+    assert explorer._looked_at() == tuple(n - 1 for n in explorer.inside.y.shape)
+    with pytest.raises(Exception, match="There is no donor"): explorer.donor = "nobody's"
+    explorer.add_picture("tall", Image.new("RGB", (8, 3000)))
+    assert explorer.wait(60) and "image/jpeg" in explorer._repr_mimebundle_()[0]
+    explorer.close()
+
+
 def test_large_pictures_are_reduced(lite):
     explorer = inside_explorer(lite, max_pixels=5000)
     assert explorer.wait(60) and "reduced from 600 × 400" in explorer.said.value

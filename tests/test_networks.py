@@ -223,7 +223,7 @@ def test_a_registered_pair_becomes_part_of_the_model():
     lambda: LightEncoder(LIGHT.replace(channels=(1, 8, 8, 8))),
     lambda: ChannelNorm(1),
     lambda: register_transform("hific", LightEncoder, LightGenerator),
-), ids=str)
+))
 def test_refused(make):
     with pytest.raises(ConfigError):
         make()

@@ -1,8 +1,8 @@
 """Every notebook runs from top to bottom, and exercises are real: this is the one run of the notebooks in `make test`.
 
 Jobs apart, which have tests of their own. Each notebook runs in a kernel of its own, like a reader's. After its cells every
-exercise is tried: the check must fail on the stub, and pass on the solution. Kernels run side by side, one a core
-(HIFIC_WORKERS sets another number).
+exercise is tried: the check must fail on the stub, and pass on the solution. Kernels run side by side, one a core that pytest
+itself does not use (HIFIC_WORKERS sets another number).
 """
 
 import importlib.util
@@ -57,7 +57,8 @@ def running(request):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     wanted = [item.callspec.params["room"] for item in request.session.items
               if getattr(item, "originalname", "") == "test_room"]
-    pool = ThreadPoolExecutor(int(os.environ.get("HIFIC_WORKERS", min(cores, 4))))
+    alone = max(1, min(cores, 4) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))
+    pool = ThreadPoolExecutor(int(os.environ.get("HIFIC_WORKERS", alone)))
     yield {path: pool.submit(run_room, path) for path in wanted}
     pool.shutdown(cancel_futures=True)
 

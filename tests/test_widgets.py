@@ -1,11 +1,14 @@
 """The comparison slider: what its output holds, and what it does in a real browser."""
 
 import base64
+import gc
 import io
 import json
 import re
 import sys
 import threading
+import time
+import weakref
 from pathlib import Path
 
 import nbformat
@@ -20,8 +23,9 @@ from hific_nb.codec import Codec
 from hific_nb.data import ImageError, image_to_tensor, sample_photo, tensor_to_image
 from hific_nb.metrics import ms_ssim, psnr
 from hific_nb.model import load_model
-from hific_nb.widgets import (NewestOnly, PictureFiles, WidgetError, bitrate_explorer, compare, comparison_picture,
-                              download_buttons, rate_curve, split_view, trust_notebook, upload_button, worst_window)
+from hific_nb.widgets import (GeneratorPair, NewestOnly, PictureFiles, WidgetError, bitrate_explorer, compare, comparison_picture,
+                              download_buttons, gan_explorer, inside_explorer, rate_curve, split_view, trust_notebook, upload_button,
+                              worst_window)
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 
@@ -263,6 +267,64 @@ def test_explorer_and_pictures(leveled, tmp_path):
     assert explorer.wait(60) and "ZeroDivisionError" in explorer.view.message and not explorer.view.busy
     explorer.close()
     with pytest.raises(ImageError): bitrate_explorer(leveled, tmp_path / "gone.png")
+
+
+def test_two_uploads_at_once(leveled):
+    explorer = bitrate_explorer(leveled, background=False)
+    files = {}
+    for name in ("red", "blue"):
+        buffer = io.BytesIO()
+        Image.new("RGB", (50, 40), name).save(buffer, "PNG")
+        files[name] = buffer.getvalue()
+    half = 30
+    for part in (slice(0, half), slice(half, None)):  # a piece of one, a piece of the other
+        for name, data in files.items():
+            explorer.upload._receive(None, dict(id=name, name=f"{name}.png", size=len(data)), [data[part]])
+    assert explorer.wait(60) and list(explorer.pictures)[-2:] == ["red.png", "blue.png"] and explorer.picture == "blue.png"
+    assert explorer.pictures["red.png"] == files["red"]  # kept as the file, not as pixels
+    assert explorer.answer.files.original.figures["bytes"] == len(files["blue"])
+    explorer.close()
+
+
+def test_states_that_are_none(leveled):
+    explorer = bitrate_explorer(leveled, background=False)
+    assert explorer.wait(60)
+    before = explorer.level, explorer.picture, explorer.baseline
+    for name, wrong, said in (("level", 9, "0 ... 8"), ("picture", "nope", "coffee"), ("baseline", "", "jpeg"),
+                              ("baseline", "gif", "jpeg")):
+        with pytest.raises(Exception, match=f"There is no {name}.*{said}"): setattr(explorer, name, wrong)
+    assert (explorer.level, explorer.picture, explorer.baseline) == before and explorer.slider.value == explorer.level
+    explorer.close()
+
+
+def test_a_baseline_that_cannot_store_the_picture_does_not_stop_the_others(leveled):
+    files = PictureFiles(leveled, Image.new("RGB", (1, 16500)))  # WebP ends at 16383
+    for _ in files.steps(levels=2): pass
+    assert len(files.points["jpeg"]) == len(get_baseline("jpeg").defaults)
+    assert not files.points["webp"] and not files.tables["webp"].sizes
+    assert set(files.tables["jpeg"].sizes) == set(get_baseline("jpeg").qualities)
+
+
+@pytest.mark.parametrize("make", [lambda codec: bitrate_explorer(codec, max_pixels=5000, background=False),
+                                  lambda codec: bitrate_explorer(codec, max_pixels=5000),
+                                  lambda codec: inside_explorer(codec, max_pixels=5000),
+                                  lambda codec: gan_explorer(GeneratorPair(codec.model, codec.model), max_pixels=5000)],
+                         ids=["bitrate", "with background", "inside", "gan"])
+def test_a_closed_explorer_is_freed(leveled, make):
+    import ipywidgets
+
+    known = ipywidgets.widgets.widget._instances
+    explorer = make(leveled)
+    assert explorer.wait(60)
+    mine, itself, size = {w.model_id for w in known.values() if w is explorer}, weakref.ref(explorer), len(known)
+    explorer.close()
+    assert mine and size - len(known) > 40  # all its parts, not itself alone
+    del explorer
+    for _ in range(100):  # threads are at their end
+        gc.collect()
+        if itself() is None: break
+        time.sleep(0.1)
+    assert itself() is None
 
 
 def test_rate_curve():
