@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FREELY', 'TrainingError', 'training_dtype', 'ema_update', 'watched_crops', 'held_back_rate', 'load_warm_start',
            'inherited_objective', 'warm_start_from', 'Team', 'Trainer', 'step_memory', 'memory_limit',
-           'fitting_batch_size', 'auto_batch_size', 'check_memory', 'prepare_run', 'train', 'continue_run', 'main',
-           'record_line']
+           'fitting_batch_size', 'auto_batch_size', 'check_memory', 'prepare_run', 'read_records', 'train',
+           'continue_run', 'main', 'record_line']
 
 # %% ../nbs/14_training.ipynb #9f81a911
 import json
@@ -676,6 +676,13 @@ def _drop_records_after(path: Path, step: int) -> None:
     if path.exists():
         lines = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
         write_atomic(path, "".join(line + "\n" for line in lines).encode())
+
+
+def read_records(run: str | os.PathLike) -> list[dict]:
+    "What a run logged in metrics.jsonl; without half a line, written as the process died."
+    path = Path(run)/"metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if _step_of(line) < float("inf")]
 
 
 def _step_of(line: str) -> float:

@@ -16,6 +16,7 @@ import base64
 import html
 import io
 import os
+import re
 import sqlite3
 import sys
 import threading
@@ -246,7 +247,7 @@ def trust_notebook(path) -> bool:
     except ImportError:
         raise WidgetError("Signing a notebook needs nbformat: run pip install 'hific_nb[notebooks]'.") from None
     try: NotebookNotary().sign(nbformat.read(path, as_version=4))
-    except (OSError, sqlite3.Error): return False
+    except (OSError, ValueError, sqlite3.Error): return False  # ValueError: it is no notebook
     return True
 
 # %% ../nbs/17_widgets.ipynb #9ca6d022
@@ -315,8 +316,9 @@ def step_slider(folder, most: int = 20):
     What `training.train` leaves in `run/samples`. Code moves it by `index`. Needs the extra [notebooks]. Raises
     `WidgetError` where there is no such picture.
     """
-    paths = sorted(p for p in Path(folder).glob("step-*") if p.suffix in (".jpg", ".png"))
-    if not paths: raise WidgetError(f"{folder} holds no pictures named step-*.jpg or step-*.png.")
+    if most < 1: raise WidgetError(f"most must be at least 1, not {most}.")
+    paths = sorted(p for p in Path(folder).glob("step-*.*") if re.fullmatch(r"step-\d+\.(jpg|png)", p.name))
+    if not paths: raise WidgetError(f"{folder} holds no pictures named step-NUMBER.jpg or .png.")
     chosen = [paths[i] for i in np.unique(np.linspace(0, len(paths) - 1, min(most, len(paths))).round().astype(int))]
     labels = [f"step {int(p.stem.removeprefix('step-')):,}" for p in chosen]
     return _frames_class()(frames=[p.read_bytes() for p in chosen], labels=labels, index=len(chosen) - 1)
@@ -2971,7 +2973,8 @@ def failure_sheet(pair: GeneratorPair, cases: dict[str, Image.Image] | None = No
         columns = [(f"{name}: the original", blends.image)]
         for share, label in ((0, f"stage 1, {rate:.2f} bpp"), (1, "GAN, same file")):
             figures = blends.measure(share, level=at, lpips=False)
-            columns.append((f"{label}: {figures['psnr']:.1f} dB, {figures['patches']:.1f}", blends.picture(share, level=at)))
+            patches = "–" if figures["patches"] is None else f"{figures['patches']:.1f}"  # too small for one
+            columns.append((f"{label}: {figures['psnr']:.1f} dB, {patches}", blends.picture(share, level=at)))
         for column, (text, shown) in enumerate(columns):
             pen.text((column * (width + 6) + 2, y + 2), text, "black", font)
             page.paste(shown, (column * (width + 6), y + strip))

@@ -20,7 +20,7 @@ from hific_nb.model import Model, load_model
 from hific_nb.perceptual import FeatureBias
 from hific_nb.training import (
     Trainer, TrainingError, _as_meant, _launch_command, _launched_alone, auto_batch_size, check_memory, memory_limit, prepare_run,
-    step_memory, train)
+    read_records, step_memory, train)
 
 TINY = ModelConfig(transform="light", channels=(8, 8, 12, 16), encoder_blocks=(0, 0, 1, 1), generator_blocks=(0, 0, 1, 1),
                    latent_channels=16, hyperprior_channels=8)
@@ -371,6 +371,12 @@ def test_steps_that_are_no_numbers_are_skipped_then_stop_the_run(photos, tmp_pat
         trainer(crops.batch(step))
         if step in bad: assert torch.equal(before, weights_of(trainer.model))
     assert trainer.skipped == 3 and trainer.step == 12
+
+
+def test_records_without_half_a_line(tmp_path):
+    assert read_records(tmp_path) == []
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "held_back": {"bpp": 1}\n')
+    assert read_records(tmp_path) == [dict(step=1, loss=2.0)]
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(photos, tmp_path):

@@ -24,8 +24,8 @@ from hific_nb.data import ImageError, image_to_tensor, sample_photo, tensor_to_i
 from hific_nb.metrics import ms_ssim, psnr
 from hific_nb.model import load_model
 from hific_nb.widgets import (GeneratorPair, NewestOnly, PictureFiles, WidgetError, bitrate_explorer, compare, comparison_picture,
-                              download_buttons, gan_explorer, inside_explorer, rate_curve, split_view, trust_notebook, upload_button,
-                              worst_window)
+                              download_buttons, gan_explorer, inside_explorer, rate_curve, split_view, step_slider,
+                              trust_notebook, upload_button, worst_window)
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 
@@ -325,6 +325,13 @@ def test_a_closed_explorer_is_freed(leveled, make):
         if itself() is None: break
         time.sleep(0.1)
     assert itself() is None
+
+
+def test_what_is_no_step_and_no_notebook(tmp_path):
+    for name in ("step-000000005.jpg", "step-final.jpg"): Image.new("RGB", (8, 8)).save(tmp_path / name)
+    assert step_slider(tmp_path).labels == ["step 5"]
+    with pytest.raises(WidgetError, match="at least 1"): step_slider(tmp_path, 0)
+    assert not trust_notebook(tmp_path / "step-final.jpg")
 
 
 def test_rate_curve():
