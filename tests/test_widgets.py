@@ -327,6 +327,16 @@ def test_a_closed_explorer_is_freed(leveled, make):
     assert itself() is None
 
 
+def test_a_page_has_the_limit_that_hific_explore_was_given(leveled, cup, tmp_path, monkeypatch):
+    cup.save(tmp_path / "cup.png")
+    monkeypatch.setenv("HIFIC_EXPLORE_MAX_PIXELS", str(180 * 164 - 1))
+    with pytest.raises(ImageError, match="max_pixels = 29519"): bitrate_explorer(leveled, tmp_path / "cup.png", background=False)
+    monkeypatch.setenv("HIFIC_EXPLORE_MAX_PIXELS", str(180 * 164))
+    explorer = bitrate_explorer(leveled, tmp_path / "cup.png", background=False)
+    assert explorer.wait(60) and explorer.picture == "cup.png" and not explorer.view.message
+    explorer.close()
+
+
 def test_what_is_no_step_and_no_notebook(tmp_path):
     for name in ("step-000000005.jpg", "step-final.jpg"): Image.new("RGB", (8, 8)).save(tmp_path / name)
     assert step_slider(tmp_path).labels == ["step 5"]
