@@ -332,7 +332,8 @@ def run_job(name: str, run: Path, parameters: dict, log=None) -> Path | None:
                                     extra_arguments=["--IPKernelApp.log_level=ERROR"])
     except papermill.PapermillExecutionError as error:
         raise HificError(f"The job stopped: {error.ename}: {error.evalue} (the executed notebook is {executed}).") from error
-    except OSError as error: raise HificError(f"Cannot write {executed}: {error.strerror}. Name another folder.") from error
+    except OSError as error:
+        raise HificError(f"Cannot write {executed}: {error.strerror or error}. Name another folder.") from error
     trust_notebook(executed)  # so that JupyterLab shows its slider live
     return executed
 

@@ -1282,9 +1282,11 @@ def _take_over(block: list[ListedPhoto], folder: Path, record: dict, there: dict
         found, note = known.pop(photo.url, None), folder / f"{photo.index:08}.json"
         if found is None or found["file"] not in there or note.exists(): continue
         path, offset = there[found["file"]]
-        with open(path, "rb") as file:
-            file.seek(offset)
-            (folder / f"{photo.index:08}").write_bytes(file.read(found["bytes"]))
+        try:
+            with open(path, "rb") as file:
+                file.seek(offset)
+                (folder / f"{photo.index:08}").write_bytes(file.read(found["bytes"]))
+        except OSError as error: raise HificError(f"Cannot write to {folder} ({error.strerror}): make room on the disk.") from error
         write_atomic(note, json.dumps(found).encode())
 
 

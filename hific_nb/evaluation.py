@@ -709,7 +709,7 @@ def _no_results(photos: Sequence[Path], root: Path, out: Path) -> list[Path]:
     def is_result(photo: Path) -> bool:
         above = photo.parents[: len(photo.relative_to(root).parts) - 1]
         if any(map(made_in, above)): return True
-        return made_in(root) and (root/"files" in above or photo == root/"curves.png")
+        return (root/"records.jsonl").exists() and (root/"files" in above or photo == root/"curves.png")
 
     return [photo for photo in photos if not is_result(photo)]
 
