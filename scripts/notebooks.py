@@ -176,14 +176,15 @@ def smaller(png):
     if picture.getextrema()[3][0] < 255:  # what shines through would be lost
         return "image/png", png
     picture = picture.convert("RGB")
-    plain, photo = io.BytesIO(), io.BytesIO()
-    flat = picture.quantize(256, dither=Image.Dither.NONE)
-    flat.save(plain, "PNG", optimize=True)
+    photo = io.BytesIO()
     picture.save(photo, "JPEG", quality=80, optimize=True)
-    error = np.asarray(flat.convert("RGB"), np.float32) - np.asarray(picture, np.float32)
     forms = [("image/png", png), ("image/jpeg", photo.getvalue())]
-    if np.square(error).mean() < 6:  # 40 dB
-        forms = [("image/png", png), ("image/png", plain.getvalue())]
+    for colours in (256, 64):
+        flat, plain = picture.quantize(colours, dither=Image.Dither.NONE), io.BytesIO()
+        error = np.asarray(flat.convert("RGB"), np.float32) - np.asarray(picture, np.float32)
+        if np.square(error).mean() < 6:  # 40 dB
+            flat.save(plain, "PNG", optimize=True)
+            forms = [("image/png", png), ("image/png", plain.getvalue())]
     return min(forms, key=lambda form: len(form[1]))
 
 
