@@ -62,10 +62,16 @@ class BulkSettings:
             raise BulkError("Metrics and refinement need the originals: ask for them when compressing.")
         if not isinstance(self.refine, int) or self.refine < 0:
             raise BulkError(f"The steps of a refinement must be a whole number, 0 for none, not {self.refine!r}.")
-        from hific_nb.hfc import TILE_UNIT
+        if self.model is None and self.action == "compress": raise BulkError("Name the model to compress with.")
+        from hific_nb.hfc import MAX_TILE, TILE_UNIT
 
-        if self.tile is not None and (not isinstance(self.tile, int) or self.tile < 0 or self.tile % TILE_UNIT):
+        if self.tile is not None and (not isinstance(self.tile, int) or not 0 <= self.tile <= TILE_UNIT * MAX_TILE
+                                      or self.tile % TILE_UNIT):
             raise BulkError(f"The side of tiles must be a multiple of {TILE_UNIT} pixels, or 0 for none, not {self.tile!r}.")
+        # They are sent to other processes as text.
+        if self.model is not None: object.__setattr__(self, "model", os.fspath(self.model))
+        plain = {name: value.item() if hasattr(value, "item") else value for name, value in self.rate.items()}  # NumPy's numbers
+        object.__setattr__(self, "rate", plain)
 
 
 @dataclass(frozen=True)
@@ -712,6 +718,7 @@ def run_bulk(root: str | os.PathLike, out: str | os.PathLike | None, settings: B
     known = (replace(item, known=manifest.known.get(item.file)) for item in items)
     if engine == "ray": rows = rows_by_ray(known, settings, workers)
     else:
+        if workers is not None and workers < 0: raise BulkError(f"workers must be 0 or more, not {workers}.")
         workers = workers or _workers_for(settings, len(items))
         if workers > 1: rows = rows_by_processes(known, settings, min(workers, len(items)))
         else: rows = Worker(settings, threads=min(8, _cores())).rows(known)

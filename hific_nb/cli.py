@@ -298,13 +298,15 @@ def evaluate_command(args) -> int:
                       limit=args.limit, anchor=args.anchor, workers=args.workers, device=args.device,
                       max_pixels=args.max_pixels, progress=progress)
     rows = result.summary()
-    if not args.json:  # before anything is written: the place may be full, or read-only
-        print("\n\n".join(filter(None, [result.markdown(rows), result.comparison_markdown(rows=rows)])))
-    report = result.save(published=args.published)
+    try:
+        if not args.json:  # before anything is written: the place may be full, or read-only
+            print("\n\n".join(filter(None, [result.markdown(rows), result.comparison_markdown(rows=rows)])))
+    finally: report = result.save(published=args.published)  # even if nobody reads on
     if args.json: print(report.read_text(encoding="utf-8"), end="")
     else:
         print(f"\n{len(result.records)} records, {result.reused} of them from before; metrics.json, summary.csv, records.csv and "
               f"the files are in {args.out}")
+    if n := result.settings["results_left_out"]: print(f"{n} pictures of evaluations were left out.", file=sys.stderr)
     for name, why in result.left_out.items(): print(f"{name} was left out: {why}", file=sys.stderr)
     for f in result.failed:
         which = [str(f[k]) for k in ("codec", "quality") if f[k] is not None]

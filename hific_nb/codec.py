@@ -500,14 +500,18 @@ class Codec:
 
     # ---- a picture to latents
 
-    def _picture(self, image, streams: dict[str, bytes], budget: float = float("inf")) -> _Pixels:
-        "The picture to read from; with a colour profile, one whose colours stay as they are."
+    @staticmethod
+    def _check_streams(streams: dict[str, bytes]) -> None:
         for name, content in streams.items():
             if not isinstance(content, (bytes, bytearray)):
                 raise CodecError(f"The stream {name!r} must be bytes, not {type(content).__name__}.")
             if isinstance(name, str) and name[:1].isupper():  # of those, this release knows none
                 raise CodecError(f"A capital begins the name of a stream that a reader must understand, and this release could "
                                  f"not: write {name.lower()!r}, not {name!r}.")
+
+    def _picture(self, image, streams: dict[str, bytes], budget: float = float("inf")) -> _Pixels:
+        "The picture to read from; with a colour profile, one whose colours stay as they are."
+        self._check_streams(streams)
         if ICC_PROFILE in streams and not isinstance(image, Tensor):
             if not isinstance(image, Image.Image) or image.mode not in ("RGB", "RGBA"):
                 raise ImageError("With a colour profile, give the pixels it belongs to: a PIL image in mode RGB or RGBA, or a "
@@ -964,6 +968,9 @@ class Codec:
             if found != (channels, *size):
                 raise CodecError(f"For {latents.width} x {latents.height} pixels this model has {name} of the shape "
                                  f"{(channels, *size)}, not {found}.")
+        if latents.alpha is not None and (latents.alpha.mode, latents.alpha.size) != ("L", (latents.width, latents.height)):
+            raise CodecError(f"alpha must be a picture in mode L of {latents.width} x {latents.height} pixels.")
+        self._check_streams(latents.streams)
 
     def _frame(self, picture: Analysis | Latents, tile: int | None, level: int | None = None) -> HfcFile:
         "The file of a picture, with nothing coded yet: its tiles are known."

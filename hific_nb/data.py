@@ -29,7 +29,7 @@ from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -1271,8 +1271,31 @@ def _stored(target: Path, record: dict) -> dict[str, tuple[Path, int]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a shard that ends too soon
         try: found = shard_members(target)
-        except ImageError: return {}
+        except (ImageError, OSError): return {}
     return {name: (target, offset) for name, offset, size in found if wanted.get(name) == size}
+
+
+def _found_again(target: Path, block: list[ListedPhoto]) -> dict:
+    "What a record says of the photos that are stored, where the record itself is lost."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if target.suffix != ".tar": places = [(path.name, path, 0, path.stat().st_size) for path in target.glob("[!.]*")]
+        else:
+            try: places = [(name, target, offset, size) for name, offset, size in shard_members(target)]
+            except (ImageError, OSError): places = []
+    known, photos = {Path(place[0]).stem: place for place in places}, []
+    for photo in block:
+        place = known.get(f"{photo.index:08}_{photo.name}") or known.get(photo.name)  # the first where two had one name
+        if place is None: continue
+        name, path, offset, size = place
+        with open(path, "rb") as file:
+            file.seek(offset)
+            data = file.read(size)
+        try: width, height = read_image(data).size
+        except ImageError: continue
+        photos.append(dict(url=photo.url, file=name, width=width, height=height, bytes=size,
+                           sha256=hashlib.sha256(data).hexdigest(), license=photo.license, author=photo.author))
+    return dict(lines=0, photos=photos, failed=[], dropped={})
 
 
 def _take_over(block: list[ListedPhoto], folder: Path, record: dict, there: dict[str, tuple[Path, int]]) -> None:
@@ -1351,8 +1374,7 @@ def fetch_photos(source, run, *, column: str = "OriginalURL", limit: int = 0, ph
         total = sum(1 for _ in islice(read_photo_list(source, column), limit or None))  # finds a wrong line before it starts
         write_atomic(before, (json.dumps(settings, indent=2) + "\n").encode())
         fetching = dict(retries=retries, backoff=backoff, timeout=timeout, max_bytes=int(max_mb * 1e6))
-        listed = islice(read_photo_list(source, column), limit or None)
-        return _fetch_blocks(listed, total, run, photos_per_shard, workers, fetching, rules, progress)
+        return _fetch_blocks(read_photo_list(source, column), total, run, photos_per_shard, workers, fetching, rules, progress)
 
 
 def _whole(name: str, value, least: int) -> int:
@@ -1439,15 +1461,20 @@ def _fetch_blocks(listed, total: int, run: Path, per_shard: int, workers: int, f
         shutil.rmtree(folder, ignore_errors=True)
 
     try:
-        for k in count():
-            block = list(islice(listed, size))
-            if not block: break
+        for k in range(-(-total // size)):
+            block = list(islice(listed, min(size, total - k * size)))
             record, folder = run / f"photos-{k:06}.json", run / f".photos-{k:06}"
             old = _kept_record(record)
+            if old is None and (record.exists() or per_shard and target(k).exists()):  # it was lost, the photos were not
+                rest = list(islice(listed, size - len(block)))
+                old = _found_again(target(k), block + rest)
+                while rest and rest[-1].url not in {r["url"] for r in old["photos"]}: rest.pop()
+            else: rest = list(islice(listed, max(0, old["lines"] - len(block)))) if old else []
+            block += rest  # a smaller limit than before takes nothing away
+            counts["total"] += len(rest)
             if old is not None:
                 there = _stored(target(k), old)
-                if len(there) == len(old["photos"]) and old["lines"] >= len(block):  # else a limit cut it short
-                    counts["total"] += old["lines"] - len(block)
+                if len(there) == len(old["photos"]) and old["lines"] == len(block):  # else a limit cut it short
                     for r in (*old["photos"], *old["failed"], *[{"dropped": ""}] * sum(old["dropped"].values())): add(r)
                     shutil.rmtree(folder, ignore_errors=True)
                     continue

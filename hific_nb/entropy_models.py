@@ -209,9 +209,10 @@ class IndexedTables:
         return self
 
 # %% ../nbs/03_entropy_models.ipynb #df519e54
-def _check_precision(precision: int) -> None:
+def _checked(precision: int) -> int:
     if isinstance(precision, bool) or not isinstance(precision, numbers.Integral) or not 1 <= precision <= 16:
         raise TableError(f"precision must be a whole number in 1 ... 16, not {precision!r}.")
+    return int(precision)
 
 
 def quantize_pmf(p: np.ndarray, precision: int) -> np.ndarray:
@@ -220,7 +221,7 @@ def quantize_pmf(p: np.ndarray, precision: int) -> np.ndarray:
     p: (n,) probabilities on any positive scale, counts for instance; zeros are allowed. Returns (n,) int64.
     Raises `TableError` for negative, infinite or all-zero `p`, or more than 2**precision of them.
     """
-    _check_precision(precision)
+    precision = _checked(precision)
     p, total = np.asarray(p, np.float64), 2 ** precision
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         if p.ndim != 1 or not 1 <= len(p) <= total or not (p >= 0).all() or not 0 < p.sum() < math.inf:
@@ -249,6 +250,7 @@ def tables_from_pmfs(pmfs: Sequence[np.ndarray], offsets: Sequence[int], precisi
     offsets = np.asarray(offsets, np.int64)
     if len(pmfs) == 0 or offsets.shape != (len(pmfs),) or np.abs(offsets).max() > 2 ** 31 - 1:
         raise TableError("Tables need one row at least, and for each row one offset of 32 bits.")
+    precision = _checked(precision)
     rows = [quantize_pmf(np.append(p, max(0.0, 1 - float(np.sum(p)))), precision) for p in pmfs]
     slots = np.array([len(f) for f in rows], np.int32)
     cdf = np.full((len(rows), int(slots.max()) + 1), 2 ** precision, np.uint32)
@@ -277,7 +279,7 @@ def scale_tables(grid: np.ndarray, density: str = "gaussian", precision: int = 1
     grid: (rows,) scales > 0. A row reaches to both sides as far as a value's probability is at least a quarter of
     the smallest frequency, but never further than 2**precision slots allow; the rest is escaped.
     """
-    _check_precision(precision)
+    precision = _checked(precision)
     grid = np.asarray(grid, np.float64)
     if grid.ndim != 1 or not (np.isfinite(grid) & (grid > 0)).all():
         raise TableError("The scales of tables must be finite and above 0.")
@@ -298,7 +300,7 @@ def factorized_tables(density: FactorizedDensity, precision: int = 14, reach: in
     A row covers the values from the first to the last whose probability is at least a quarter of the smallest
     frequency, at most the 2**precision - 1 neighbours with the most mass; everything else is escaped.
     """
-    _check_precision(precision)
+    precision = _checked(precision)
     density, room = copy.deepcopy(density).cpu(), 2 ** precision - 1
     x = torch.arange(-reach, reach + 2, dtype=torch.float64) - 0.5
     logits = density.cdf_logits(x.expand(density.channels, 1, -1))[:, 0]
@@ -331,7 +333,7 @@ def decision_tables(precision: int = 14) -> IndexedTables:
 
     The probabilities are those of `decision_probabilities`, as whole frequencies. No rounding of floats is involved.
     """
-    _check_precision(precision)
+    precision = _checked(precision)
     if precision < 2: raise TableError("Tables of yes and no need a precision of 2 at least.")
     total = 2 ** precision
     yes = np.floor(decision_probabilities() * total + 0.5).astype(np.int64).clip(1, total - 2)  # exact in float64

@@ -350,12 +350,12 @@ def find_contenders(codecs, qualities: dict[str, Sequence] | None = None, device
             known, usual = None, (0, 12, 25, 37, 50, 62, 75, 87, 100) if many else (None,)
             if asked and not many: raise EvaluationError(f"{label} has one rate: no qualities can be chosen for it.")
         else:
-            known = tuple(getattr(codec, "qualities", ())) or None
+            known = tuple(q.item() if isinstance(q, np.generic) else q for q in getattr(codec, "qualities", ())) or None
             usual = known or (None,)
-        chosen = qualities[asked] if asked else usual
+        chosen = [q.item() if isinstance(q, np.generic) else q for q in (qualities[asked] if asked else usual)]
         if isinstance(codec, Codec) and many: chosen = [_quality_number(codec, q) for q in chosen]
         used.add(asked)
-        if not len(chosen): raise EvaluationError(f"{label} has no qualities to evaluate: name at least one.")
+        if not chosen: raise EvaluationError(f"{label} has no qualities to evaluate: name at least one.")
         wrong = [q for q in chosen if known is not None and (isinstance(q, bool) or q not in known)]
         if known is not None and not wrong: chosen = [known[known.index(q)] for q in chosen]  # 10.0 and NumPy's 10 are 10
         chosen = tuple(dict.fromkeys(chosen))
@@ -370,7 +370,8 @@ def find_contenders(codecs, qualities: dict[str, Sequence] | None = None, device
         if not isinstance(codec, Codec):  # what it makes of a picture tells settings apart that share a name
             quality = codec.qualities[len(codec.qualities) // 2] if isinstance(codec, Baseline) else chosen[len(chosen) // 2]
             with suppress(Exception):  # it will fail on a photo, too, and that is noted
-                identity["sample"] = _sha256(found[-1].compress(_sample(), quality))[:16]
+                first, second = (found[-1].compress(_sample(), quality) for _ in range(2))
+                if first == second: identity["sample"] = _sha256(first)[:16]  # else it writes the time, or the like
     stray = set(qualities) - used
     if stray: raise EvaluationError(f"There are qualities for {sorted(stray)[0]!r}, which is not among the codecs.")
     return found
@@ -698,18 +699,18 @@ def _root(photos, places: Sequence[Path | str]) -> Path | str:
     return Path(os.path.commonpath([p.parent for p in places]))
 
 
-def _no_results(photos: Sequence[Path], root: Path, out: Path) -> list[Path]:
+def _no_results(photos: Sequence[Path], root: Path) -> list[Path]:
     "Those of a folder's pictures that no evaluation made, this one or another: its files and curves are no photos."
     known: dict[Path, bool] = {}
 
-    def made_in(folder: Path) -> bool:
-        if folder not in known: known[folder] = folder == out or (folder/"records.jsonl").exists()
+    def evaluated(folder: Path) -> bool:
+        if folder not in known: known[folder] = (folder/"records.jsonl").exists()
         return known[folder]
 
     def is_result(photo: Path) -> bool:
-        above = photo.parents[: len(photo.relative_to(root).parts) - 1]
-        if any(map(made_in, above)): return True
-        return (root/"records.jsonl").exists() and (root/"files" in above or photo == root/"curves.png")
+        above = photo.parents[: len(photo.relative_to(root).parts)]
+        if photo.name == "curves.png" and evaluated(above[0]): return True
+        return any(folder.name == "files" and evaluated(folder.parent) for folder in above[:-1])
 
     return [photo for photo in photos if not is_result(photo)]
 
@@ -733,7 +734,8 @@ def evaluate(photos, codecs, out: str | os.PathLike, *, qualities: dict[str, Seq
     None takes jpeg, else the first with four points or more. workers: photos at a time, in threads that share torch's.
     device: of models and metrics, None as `Codec` takes it. progress(done, total, name of the photo).
 
-    In `out`: files/PHOTO/CODEC@QUALITY.*, the compressed files; records.jsonl. Photos that cannot be read and codecs that fail are
+    In `out`: files/PHOTO/CODEC@QUALITY.*, the compressed files; records.jsonl. It may lie in the folder of photos: the pictures
+    of an evaluation are left out. Photos that cannot be read and codecs that fail are
     listed in `failed`. Transparency is not evaluated: codecs get the colours. Call `save()` on the result for tables and plots.
     """
     if workers < 1: raise EvaluationError(f"workers must be at least 1, not {workers}.")
@@ -749,9 +751,10 @@ def evaluate(photos, codecs, out: str | os.PathLike, *, qualities: dict[str, Seq
     paths = find_images(photos) if isinstance(photos, (str, os.PathLike)) else [local_or_url(p) for p in photos]
     if not paths: raise EvaluationError("There are no photos to evaluate on.")
     places = [p if is_url(p) else p.absolute() for p in paths]
-    root = _root(photos, places)
+    root, results = _root(photos, places), 0
     if not is_url(root) and root == _folder(photos):
-        kept = set(_no_results(places, root, Path(out).absolute()))
+        kept = set(_no_results(places, root))
+        results = len(places) - len(kept)
         paths, places = ([x for x, place in zip(some, places) if place in kept] for some in (paths, places))
         if not paths: raise EvaluationError(f"All pictures in {photos} are results of evaluations: name a folder of photos.")
     names = _names(places, root)
@@ -824,7 +827,8 @@ def evaluate(photos, codecs, out: str | os.PathLike, *, qualities: dict[str, Seq
     place = {(c.label, q): i for i, (c, q) in enumerate((c, q) for c in contenders for q in c.qualities)}
     kept = sorted(old + new, key=lambda r: (order[r["photo"]], place[r["codec"], r["quality"]]))
     failed.sort(key=lambda f: (order[f["photo"]], place.get((f["codec"], f["quality"]), -1)))
-    settings = dict(photos=len(paths), metrics=list(measure), features=extract.name if extract else None, workers=workers,
+    settings = dict(photos=len(paths), results_left_out=results, metrics=list(measure),
+                    features=extract.name if extract else None, workers=workers,
                     device=where, threads=threads, max_pixels=max_pixels, torch=torch.__version__, package=__version__)
     return Evaluation(kept, failed, list(measure), contenders, out, settings["features"], left_out, len(old), settings,
                       dict(zip(names, places)), anchor)

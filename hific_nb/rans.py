@@ -522,8 +522,9 @@ def rans_encode(parts: Sequence[tuple], lanes: int | None = None, compiled: bool
     checked = [check_part(symbols, indexes, tables) for symbols, indexes, tables in parts]
     total = sum(len(symbols) for symbols, _, _ in checked)
     if lanes is None: lanes = lane_count(total)
-    if not isinstance(lanes, numbers.Integral) or not 1 <= lanes <= 255:
+    if isinstance(lanes, bool) or not isinstance(lanes, numbers.Integral) or not 1 <= lanes <= 255:
         raise CodingError(f"A stream has 1 to 255 lanes, not {lanes!r}.")
+    lanes = int(lanes)
     if not total: return b""
 
     kernel = _compiled("encode") if compiled else None

@@ -2241,7 +2241,7 @@ def _inside_class():
         level = traitlets.Int(0, min=0)
         box = traitlets.Enum(BOXES, "photo")
         channel = traitlets.Int(0, min=0)
-        place = traitlets.List(traitlets.Int(), [0, 0])
+        place = traitlets.List(traitlets.Int(), [0, 0], minlen=2, maxlen=2)
         number = traitlets.Int(0, min=0)
         byte = traitlets.Int(0, min=0)
         off = traitlets.List(traitlets.Int())
@@ -2550,9 +2550,7 @@ def _inside_class():
                         place = np.unravel_index(min(self.number, self.inside.symbols - 1) - before, self.inside.y.shape)
                         self.channel, self.place = int(place[0]), [int(k) for k in place[1:]]
                 else:
-                    C, h, wide = self.inside.y.shape
-                    self.number = self.inside.number_of("latents", (min(self.channel, C - 1), min(self.place[0], h - 1),
-                                                                    min(self.place[1], wide - 1)))
+                    self.number = self.inside.number_of("latents", self._looked_at())
             finally: self._following = False
             self._jobs.locked(self._draw)
 

@@ -204,7 +204,7 @@ def download_model(hub_id: str) -> Path:
     except errors.LocalEntryNotFoundError:
         why = f"there is no folder {hub_id!r} here, the Hugging Face Hub cannot be reached, and no copy is in its cache"
     except Exception as error:  # of the network, of the disk
-        why = f"{hub_id} could not be fetched ({_first_line(error)})"
+        why = f"the model {hub_id} could not be fetched ({_first_line(error)})"
     raise HubError(f"{why[0].upper()}{why[1:]}: check the name and the network.")
 
 # %% ../nbs/12_zoo.ipynb #4c68ffaf
@@ -353,6 +353,19 @@ def write_card(folder: str | os.PathLike, **facts) -> Path:
     return write_atomic(path, (json.dumps(_read_card(path.parent) | facts, indent=2) + "\n").encode())
 
 
+def _card_part(name: str, value) -> dict:
+    "A dict as JSON has it, with NumPy's numbers as Python's."
+    def plain(number):
+        if isinstance(number, np.generic): return number.item()
+        raise TypeError(f"{type(number).__name__} is not one of them")
+
+    try: value = json.loads(json.dumps(value, default=plain))
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{name} must be numbers, texts, and lists and dicts of such ({_first_line(error)}).") from error
+    if not isinstance(value, dict): raise ModelError(f"{name} must be a dict, not {value!r}.")
+    return value
+
+
 def save_pretrained(model: Model, folder: str | os.PathLike, *, description: str = "", figures: dict | None = None,
                     objective: dict | None = None, readme: str | None = None) -> Path:
     """Save a model as a folder with `MODEL_FILES`, for `load_pretrained` and the Hugging Face Hub; the folder.
@@ -360,8 +373,13 @@ def save_pretrained(model: Model, folder: str | os.PathLike, *, description: str
     Weights are stored as float16 or bfloat16 where that loses nothing, else as float32 (`save_model` rounds), and tables are
     `model.coding` where the model has such: the fingerprint stays, and files that were written with the model decode.
     description, figures, objective: for the card, see `ModelInfo`. readme: text of README.md instead of `model_readme`. A model
-    that is there is overwritten. Raises `ModelError` as `save_model` does.
+    that is there is overwritten. Raises `ModelError` as `save_model` does, and for facts that a card cannot hold, before it writes.
     """
+    figures, objective = (_card_part(*part) for part in (("figures", figures or {}), ("objective", objective or {})))
+    if not isinstance(description, str) or not isinstance(readme or "", str): raise ModelError("Description and readme are text.")
+    try: model_readme(ModelInfo("", Path(folder), description, "", 0, 0, (), figures, 0, {}, objective))
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ModelError(f"The figures of a card are numbers by their names, see `ModelInfo` ({_first_line(error)}).") from error
     folder = save_model(model, folder, _exact_dtype(model))
     coding = getattr(model, "coding", None) or Coding.from_model(model)
     fingerprint = model_fingerprint(model, coding).hex()
@@ -370,8 +388,8 @@ def save_pretrained(model: Model, folder: str | os.PathLike, *, description: str
     weights = (folder/"weights.safetensors").read_bytes()
     (folder/"card.json").unlink(missing_ok=True)  # of another model
     write_card(folder, fingerprint=fingerprint, parameters=sum(p.numel() for p in model.parameters()),
-               weights_sha256=hashlib.sha256(weights).hexdigest(), figures=figures or {}, description=description,
-               objective=objective or {})
+               weights_sha256=hashlib.sha256(weights).hexdigest(), figures=figures, description=description,
+               objective=objective)
     write_atomic(folder/"README.md", (model_readme(_info(folder, folder.name)) if readme is None else readme).encode())
     return folder
 

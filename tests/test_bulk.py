@@ -10,10 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from tiny import tiny_model
 
 from hific_nb.bulk import (MANIFEST, BulkError, BulkSettings, Item, Manifest, Worker, encode_batch, plan, rows_by_processes,
                            run_bulk)
@@ -21,6 +23,7 @@ from hific_nb.cli import run_job
 from hific_nb.codec import Codec, CodecError
 from hific_nb.config import HificError
 from hific_nb.data import find_images, sample_photo
+from hific_nb.zoo import save_pretrained
 
 HIFIC = [sys.executable, "-c", "import sys; from hific_nb.cli import main; sys.exit(main())"]
 CPU = BulkSettings(device="cpu")
@@ -204,6 +207,16 @@ def test_a_picture_that_kills_its_worker_is_given_up(tmp_path, monkeypatch):
     assert (result.done, result.failed) == (4, 1) and "died" in table(tmp_path / "out")["poison.png"]["error"]
 
 
+def test_settings_reach_workers_whatever_they_are_made_of(photos, tmp_path):
+    model = tmp_path / "zoo" / "tiny"
+    save_pretrained(tiny_model(levels=True), model)
+    plain = run_bulk(photos, tmp_path / "a", BulkSettings(model=str(model), device="cpu", rate=dict(quality=25)), workers=2)
+    other = run_bulk(photos, tmp_path / "b", BulkSettings(model=model, device="cpu", rate=dict(quality=np.int64(25))), workers=2)
+    assert plain.done == other.done > 3
+    assert [p.read_bytes() for p in sorted((tmp_path / "a").rglob("*.hfc"))] == [
+        p.read_bytes() for p in sorted((tmp_path / "b").rglob("*.hfc"))]
+
+
 def test_a_run_that_cannot_start_says_why(photos, tmp_path, monkeypatch):
     with pytest.raises(BulkError, match="no model 'hific-large'"):
         run_bulk(photos, tmp_path / "x", BulkSettings(model="hific-large", device="cpu"), workers=2)
@@ -213,6 +226,9 @@ def test_a_run_that_cannot_start_says_why(photos, tmp_path, monkeypatch):
     assert (photos / MANIFEST).read_text() == "guest,table\n" and not list(photos.rglob("*.hfc"))
     with pytest.raises(BulkError, match="engine"): run_bulk(photos, tmp_path / "x", CPU, engine="spark")
     with pytest.raises(BulkError, match="action"): BulkSettings("shrink")
+    with pytest.raises(BulkError, match="Name the model"): BulkSettings(model=None)
+    with pytest.raises(BulkError, match="multiple of 64"): BulkSettings(tile=64 * 70000)
+    with pytest.raises(BulkError, match="0 or more"): run_bulk(photos, tmp_path / "x", CPU, workers=-1)
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None)
     with pytest.raises(BulkError, match=r"pip install 'hific_nb\[cluster\]'"): run_bulk(photos, tmp_path / "x", CPU, engine="ray")

@@ -215,7 +215,8 @@ def test_latents_that_no_file_can_hold():
     assert codec.encode(replace(latents, fingerprint=None)) == codec.encode(codec.decode_latents(codec.encode(latents)))
     for changes, word in ((dict(level=500), "level"), (dict(level=None), "must name theirs"), (dict(width=90), "not .4, 4, 5"),
                           (dict(symbols=latents.symbols[:, 1:]), "symbols of the shape"),
-                          (dict(hyperlatents=latents.hyperlatents[:2]), "hyperlatents of the shape")):
+                          (dict(hyperlatents=latents.hyperlatents[:2]), "hyperlatents of the shape"),
+                          (dict(alpha=Image.new("L", (20, 13))), "alpha must"), (dict(streams={"exif": "abc"}), "must be bytes")):
         with pytest.raises(CodecError, match=word): codec.encode(replace(latents, **changes))
     with pytest.raises(CodecError, match="of another model"): other.encode(latents)
 

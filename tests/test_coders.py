@@ -115,9 +115,15 @@ def test_rows_of_any_integer_type_give_the_same_bytes(coder):
         assert_same([part], decode(coder, data, [(symbols, kept, LATENTS)]))
 
 
-@pytest.mark.parametrize("lanes", [0, 256, 1.5, "2"])
+@pytest.mark.parametrize("lanes", [0, 256, 1.5, "2", True])
 def test_lanes_that_are_none(lanes):
     with pytest.raises(CodingError, match="1 to 255 lanes"): rans.rans_encode([], lanes)
+
+
+def test_whole_numbers_of_numpy():
+    tables = tables_from_pmfs([np.array([0.5, 0.25])], [7], precision=np.uint8(14))
+    part = np.array([7, 8, 9] * 50), np.zeros(150, int), tables
+    assert rans.rans_encode([part], np.uint8(4)) == rans.rans_encode([part], 4)
 
 
 @pytest.mark.parametrize("lanes", [1, 2, 3, 4, 7, 255])

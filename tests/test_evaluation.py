@@ -262,8 +262,10 @@ def test_results_are_no_photos(photos, tmp_path, place):
         assert result.settings["photos"] == 2 and len(result.records) == 4 and result.reused == again * 4
         result.save()
     assert (out / "curves.png").exists() and run(tmp_path / "elsewhere").settings["photos"] == 2
+    assert evaluate(tmp_path, ["jpeg"], tmp_path / "above", qualities={"jpeg": [20]}, metrics=["psnr"]).settings["photos"] == 2
     if place == "inside":
-        assert run(folder / "outputs" / "other").settings["photos"] == 2
+        other = run(folder / "outputs" / "other")
+        assert other.settings["photos"] == 2 and other.settings["results_left_out"] == 5  # four files and the curves
         with pytest.raises(EvaluationError, match="results of evaluations"):
             evaluate(folder / "outputs", ["jpeg"], tmp_path / "nothing", metrics=["psnr"])
         taken_at_its_word = evaluate(out / "curves.png", ["jpeg"], tmp_path / "one", metrics=["psnr"], qualities={"jpeg": [50]})
@@ -281,7 +283,11 @@ def test_a_codec_is_believed_for_what_it_makes_not_for_its_name(photos, tmp_path
         def decompress(self, data): return Image.open(io.BytesIO(data)).convert("RGB")
 
     def run(colours, folder="out"): return evaluate(photos, [Mine(colours)], tmp_path / folder, metrics=["psnr"])
+    class Dated(Mine):
+        def compress(self, image): return super().compress(image) + str(time.perf_counter_ns()).encode()
+
     first, second = run(4), run(64)
+    assert [evaluate(photos, [Dated(4)], tmp_path / "dated", metrics=["psnr"]).reused for _ in range(2)] == [0, 3]
     assert second.reused == 0 and stable_psnr(second) == stable_psnr(run(64, "afresh")) != stable_psnr(first)
     assert run(64).reused == 3
 
@@ -294,6 +300,13 @@ def test_qualities_are_numbers_of_any_kind_and_count_once(photos, tmp_path):
                       qualities={"tiny": np.arange(0, 40, 20), "jpeg": np.array([10, 20])})
     assert not result.failed and len(result.records) == 4 and result.save().is_file()
     assert {line.count("|") for line in result.markdown().splitlines()[:6]} == {6}  # no metric: five cells in every row
+    class Levels:
+        name, extension, qualities = "levels", ".png", np.array([1, 2])
+        def compress(self, image, quality): return get_baseline("jpeg").compress(image, quality)
+        def decompress(self, data): return get_baseline("jpeg").decompress(data)
+
+    own = evaluate(find_images(photos)[:1], [Levels()], tmp_path / "own", metrics=["psnr"])
+    assert not own.failed and own.save().is_file()
     with pytest.raises(EvaluationError, match="no quality True"): find_contenders(["jpeg"], {"jpeg": [True]})
     with pytest.raises(EvaluationError, match="given twice"): parse_qualities("jpeg=10; jpeg=20")
 

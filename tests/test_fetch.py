@@ -290,6 +290,27 @@ def test_a_limit_adds_and_takes_nothing_away(web, tmp_path, per_shard):
     assert stored(run) == stored(afresh) and (run / "manifest.csv").read_bytes() == (afresh / "manifest.csv").read_bytes()
 
 
+@pytest.mark.parametrize("limit", [0, 3])
+@pytest.mark.parametrize("per_shard", [0, 1000])
+def test_a_lost_record_or_photo_costs_no_others(web, tmp_path, per_shard, limit):
+    shelf, address = web
+    for i in range(8): shelf[f"/{i}.jpg"] = jpeg(i)
+    listed, run = text_list(tmp_path / "l", (f"{address}/{i}.jpg" for i in range(8))), tmp_path / "run"
+    def fetch(limit): return fetch_photos(listed, run, limit=limit, photos_per_shard=per_shard, **QUICK)
+    fetch(0)
+    before, table = stored(run), (run / "manifest.csv").read_bytes()
+    del shelf["/1.jpg"], shelf["/5.jpg"]  # no longer to be had
+    (run / "photos-000000.json").write_text("")
+    assert fetch(limit)["photos"] == 8 and stored(run) == before and (run / "manifest.csv").read_bytes() == table
+    if per_shard:
+        shard = run / "photos-000000.tar"
+        with tarfile.open(shard) as tar: last = tar.getmembers()[7]
+        shard.write_bytes(shard.read_bytes()[: last.offset_data + 100])
+    else: (run / "photos" / "00000007.jpg").unlink()
+    assert fetch(limit)["photos"] == 8 and stored(run) == before and (run / "manifest.csv").read_bytes() == table
+    assert shelf.asked["/7.jpg"] == 2 and shelf.asked["/1.jpg"] == 1
+
+
 @pytest.mark.parametrize("per_shard", [0, 4])
 def test_what_is_gone_is_fetched_again(web, tmp_path, per_shard):
     shelf, address = web
@@ -307,7 +328,7 @@ def test_what_is_gone_is_fetched_again(web, tmp_path, per_shard):
     assert fetch() == counts and stored(run) == before
     assert [shelf.asked[f"/{i}.jpg"] for i in range(8)] == [1, 1, 2, 2, 1, 1, 1, 1]
     (run / "photos-000000.json").write_text('{"lines": 2, "pho')
-    assert fetch() == counts and stored(run) == before
+    assert fetch() == counts and stored(run) == before and sum(shelf.asked.values()) == 10  # nothing was asked for
     (run / "fetch.json").write_text('{"li')
     with pytest.raises(HificError, match="fetch.json is damaged: delete it"): fetch()
     (run / "fetch.json").unlink()

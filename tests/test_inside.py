@@ -326,6 +326,9 @@ def test_states_that_no_control_has(leveled, cup, tmp_path):
     explorer.place, explorer.channel = [500, 500], 9999
     for box in explorer.BOXES: explorer.box = box  # the last latent there is
     assert explorer._looked_at() == tuple(n - 1 for n in explorer.inside.y.shape)
+    explorer.place = [100, -4]
+    assert explorer._looked_at()[2] == 0
+    with pytest.raises(Exception, match="place"): explorer.place = [1]
     with pytest.raises(Exception, match="There is no donor"): explorer.donor = "nobody's"
     explorer.add_picture("tall", Image.new("RGB", (8, 3000)))
     assert explorer.wait(60) and "image/jpeg" in explorer._repr_mimebundle_()[0]

@@ -126,6 +126,16 @@ def test_the_card_of_a_model_with_levels(tmp_path):
     assert json.loads((folder / "card.json").read_text())["figures"] == figures
 
 
+def test_facts_that_no_card_holds_are_refused_before_anything_is_written(tmp_path):
+    folder = save_pretrained(tiny_model(), tmp_path / "tiny", figures=dict(bpp=np.float32(0.25), photos=np.int64(3)))
+    assert model_info(folder).figures == dict(bpp=0.25, photos=3)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    for wrong in (dict(description=None), dict(figures=[1]), dict(figures=dict(bpp="x")), dict(objective="mse"),
+                  dict(figures=dict(bpp=0.2, psnr=object())), dict(readme=b"text")):
+        with pytest.raises(ModelError): save_pretrained(tiny_model(seed=1), folder, **wrong)
+        assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
 def test_a_folder_without_a_card_is_known_by_its_headers(tmp_path):
     folder = save_pretrained(tiny_model(), tmp_path / "tiny", description="one rate")
     stated = model_info(folder)
