@@ -1468,7 +1468,8 @@ def _fetch_blocks(listed, total: int, run: Path, per_shard: int, workers: int, f
             if old is None and (record.exists() or per_shard and target(k).exists()):  # it was lost, the photos were not
                 rest = list(islice(listed, size - len(block)))
                 old = _found_again(target(k), block + rest)
-                while rest and rest[-1].url not in {r["url"] for r in old["photos"]}: rest.pop()
+                found = {r["url"] for r in old["photos"]}
+                while rest and rest[-1].url not in found: rest.pop()
             else: rest = list(islice(listed, max(0, old["lines"] - len(block)))) if old else []
             block += rest  # a smaller limit than before takes nothing away
             counts["total"] += len(rest)
