@@ -1262,27 +1262,27 @@ def _outcome(photo: ListedPhoto, folder: Path, fetching: dict, rules: dict) -> d
     return found
 
 
+def _whole_members(shard: Path) -> list[tuple[str, int, int]]:
+    "`shard_members` of what may be gone or cut off, without a word."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try: return shard_members(shard)
+        except ImageError: return []
+
+
 def _stored(target: Path, record: dict) -> dict[str, tuple[Path, int]]:
     "(file, offset) of the photos of a record that are really there, in a shard or a folder, by their names and whole."
     wanted = {r["file"]: r["bytes"] for r in record["photos"]}
     if target.suffix != ".tar":
         return {name: (target / name, 0) for name, size in wanted.items()
                 if (target / name).is_file() and (target / name).stat().st_size == size}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a shard that ends too soon
-        try: found = shard_members(target)
-        except (ImageError, OSError): return {}
-    return {name: (target, offset) for name, offset, size in found if wanted.get(name) == size}
+    return {name: (target, offset) for name, offset, size in _whole_members(target) if wanted.get(name) == size}
 
 
 def _found_again(target: Path, block: list[ListedPhoto]) -> dict:
     "What a record says of the photos that are stored, where the record itself is lost."
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if target.suffix != ".tar": places = [(path.name, path, 0, path.stat().st_size) for path in target.glob("[!.]*")]
-        else:
-            try: places = [(name, target, offset, size) for name, offset, size in shard_members(target)]
-            except (ImageError, OSError): places = []
+    if target.suffix == ".tar": places = [(name, target, offset, size) for name, offset, size in _whole_members(target)]
+    else: places = [(path.name, path, 0, path.stat().st_size) for path in target.glob("[!.]*")]
     known, photos = {Path(place[0]).stem: place for place in places}, []
     for photo in block:
         place = known.get(f"{photo.index:08}_{photo.name}") or known.get(photo.name)  # the first where two had one name
